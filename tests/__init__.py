@@ -1,0 +1,1 @@
+"""Tests of deepseek_jax, in the same tree as the code."""
