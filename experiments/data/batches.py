@@ -1,0 +1,197 @@
+"""Sequences for training and validation, each a pure function of its number.
+
+The state of the input is one integer, the number of sequences seen: a run that goes on, or one
+spread over any number of hosts, asks for the numbers it needs and gets the same tokens. Nothing
+is carried from one call to the next, so there is no iterator to save, and a thread that works
+ahead (`prefetch`) cannot change what a step sees. This is all that grain's samplers and
+checkpointed iterators would be used for here, and it needs numpy alone.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from experiments.data.packing import Packing
+from experiments.data.shards import TokenShards, TokenSplit
+
+Value = TypeVar("Value")
+END = object()
+
+
+class BatchSource:
+    """The training stream cut into sequences, without end.
+
+    Sequence i holds tokens [i T, i T + T] of the stream, T + 1 of them: the last, which is only
+    predicted, is the first input of sequence i + 1. So each token is predicted once and none is
+    dropped; a sequence goes on into the next document, and into the next epoch. With `segments`,
+    equal numbers mark one document, counted from 0 in each sequence.
+
+    Args:
+      fim_rate: share of documents filled in the middle, in each epoch another choice.
+    """
+
+    def __init__(
+        self,
+        shards: TokenShards,
+        *,
+        seq_len: int,
+        seed: int,
+        fim_rate: float = 0.1,
+        segments: bool = False,
+    ):
+        if seq_len < 1:
+            raise ValueError(f"{seq_len=} must be at least 1")
+        if seed < 0:
+            raise ValueError(f"{seed=} must be at least 0")
+        if not 0 <= fim_rate <= 1:
+            raise ValueError(f"{fim_rate=} must lie between 0 and 1")
+        if fim_rate and shards.fim is None:
+            raise ValueError(f"{fim_rate=} needs a tokenizer with FIM tokens; set fim_rate=0")
+        if not shards.train.num_documents:
+            raise ValueError("the shards hold no training documents; give data to train on")
+        self.seq_len = seq_len
+        self.segments = segments
+        self._packing = Packing(shards.train, seed=seed, fim=shards.fim, fim_rate=fim_rate)
+
+    def sequences(self, start: int, count: int) -> dict[str, np.ndarray]:
+        """Sequences start, ..., start + count - 1."""
+        if start < 0 or count < 1:
+            raise ValueError(f"{start=} must be at least 0 and {count=} at least 1")
+        first = start * self.seq_len
+        tokens_P, segments_P = self._packing.read(first, first + count * self.seq_len + 1)
+        batch = {"tokens": _windows(tokens_P, self.seq_len, self.seq_len)}
+        if self.segments:
+            batch["segments"] = _windows(segments_P, self.seq_len, self.seq_len)
+            batch["segments"] -= batch["segments"][:, :1]
+        return batch
+
+    def epochs_seen(self, num_sequences: int) -> float:
+        """How often the corpus has been gone through after so many sequences."""
+        position = num_sequences * self.seq_len
+        epoch = self._packing.epoch_of(position)
+        first = self._packing.epoch_start(epoch)
+        return epoch + (position - first) / (self._packing.epoch_start(epoch + 1) - first)
+
+
+class ValidationBatches(Sequence):
+    """Batches in which every token of a split, end-of-sentence included, is scored exactly once.
+
+    Documents stand one after the other as stored, and the first token is predicted from an eos.
+    A batch is {"tokens": int32 [B, T + 1], "mask": bool [B, T]} (and "segments"); its mask is
+    True where tokens[:, 1:] is to be scored, so bits per byte are the sum of their losses in
+    nats / (ln 2 * num_bytes). The last batch is filled up with eos, masked.
+
+    Args:
+      context: tokens at the start of each sequence that were scored in the one before and serve
+        as its past only; 0 is cheapest, seq_len / 2 costs twice and predicts better.
+    """
+
+    def __init__(
+        self,
+        split: TokenSplit,
+        *,
+        eos: int,
+        seq_len: int,
+        batch_size: int,
+        context: int = 0,
+        segments: bool = False,
+    ):
+        if seq_len < 1 or batch_size < 1:
+            raise ValueError(f"{seq_len=} and {batch_size=} must be at least 1")
+        if not 0 <= context < seq_len:
+            raise ValueError(f"{context=} must be at least 0 and below {seq_len=}")
+        if not split.num_documents:
+            raise ValueError("the shards hold no validation documents; hold some out")
+        self.seq_len = seq_len
+        self.batch_size = batch_size
+        self.context = context
+        self.segments = segments
+        self.num_targets = split.num_tokens
+        self.num_bytes = split.num_bytes
+        self._split = split
+        self._eos = eos
+
+    def __len__(self) -> int:
+        stride = self.seq_len - self.context
+        num_rows = 1 + max(0, -(-(self.num_targets - self.seq_len) // stride))
+        return -(-num_rows // self.batch_size)
+
+    def __getitem__(self, number: int) -> dict[str, np.ndarray]:
+        if not 0 <= number < len(self):
+            raise IndexError(f"{number=} of {len(self)} validation batches")
+        stride = self.seq_len - self.context
+        first = number * self.batch_size * stride
+        count = (self.batch_size - 1) * stride + self.seq_len + 1
+        # Position p of the stored tokens is position p + 1 here, behind the eos.
+        stored_P = self._split.read(max(first - 1, 0), first - 1 + count)
+        tokens_P = np.full(count, self._eos, np.int32)
+        tokens_P[first == 0 :][: len(stored_P)] = stored_P
+        targets_BT = first + _windows(np.arange(count), self.seq_len, stride)[:, 1:]
+        mask_BT = targets_BT <= self.num_targets
+        # The very first sequence has no sequence before it that scored its start.
+        mask_BT[number == 0 :, : self.context] = False
+        batch = {"tokens": _windows(tokens_P, self.seq_len, stride), "mask": mask_BT}
+        if self.segments:
+            positions_P = np.arange(first - 1, first - 1 + count)
+            segments_P = np.searchsorted(self._split.ends_J, positions_P, side="right") + 1
+            batch["segments"] = _windows(segments_P.astype(np.int32), self.seq_len, stride)
+            batch["segments"] -= batch["segments"][:, :1]
+        return batch
+
+
+def prefetch(
+    function: Callable[[int], Value], numbers: Iterable[int], *, depth: int = 2
+) -> Iterator[Value]:
+    """Yields function(n) for each n, made up to `depth` ahead by one thread.
+
+    An error of the function is raised where its value would have come. The thread ends with the
+    iterator.
+    """
+    if depth < 1:
+        raise ValueError(f"{depth=} must be at least 1")
+    return _prefetched(function, numbers, depth)
+
+
+def _prefetched(function, numbers, depth):
+    ready: queue.Queue = queue.Queue(depth)
+    stopped = threading.Event()
+
+    def put(item) -> bool:
+        while not stopped.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for number in numbers:
+                if not put((function(number), None)):
+                    return
+            put((None, END))
+        except BaseException as error:
+            put((None, error))
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            value, error = ready.get()
+            if error is END:
+                return
+            if error is not None:
+                raise error
+            yield value
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def _windows(values_P: np.ndarray, seq_len: int, stride: int) -> np.ndarray:
+    """Rows of seq_len + 1 values, each `stride` after the one before."""
+    return np.lib.stride_tricks.sliding_window_view(values_P, seq_len + 1)[::stride].copy()
