@@ -1,13 +1,14 @@
 """Data: from text on disk to the batches of a step.
 
 Files are read in this order:
-  readers.py     one file -> its texts (plain text, JSONL, Parquet, each also compressed)
-  corpus.py      paths -> documents, without doubles, split into training and validation
-  tokenizer.py   byte-level BPE with DeepSeek's special tokens, or a given tokenizer.json
-  shards.py      documents -> memory-mapped tokens on disk, written whole or not at all
-  packing.py     the order of an epoch: shuffled documents, some of them filled in the middle
-  batches.py     sequence number -> tokens, for training and for validation
-  prepare.py     all of it in one call
+  readers.py        one file -> its texts (plain text, JSONL, Parquet, each also compressed)
+  corpus.py         paths -> documents, without doubles, split into training and validation
+  tokenizer.py      byte-level BPE with DeepSeek's special tokens, or a given tokenizer.json
+  shards.py         memory-mapped tokens on disk
+  tokenization.py   documents -> shards, written whole or not at all
+  packing.py        the order of an epoch: shuffled documents, some of them filled in the middle
+  batches.py        sequence number -> tokens, for training and for validation
+  prepare.py        all of it in one call
 
     load_corpus(paths=(), *, field="text", validation_fraction=0.05) -> Corpus
     Corpus: .train and .validation, tuples of Document(name, text); .hash; .validation_bytes
@@ -23,11 +24,13 @@ Files are read in this order:
     TokenSplit: .num_tokens, .num_documents, .num_bytes, .read(start, stop)
     BatchSource(shards, *, seq_len, seed, fim_rate=0.1, segments=False)
         .sequences(start, count) -> {"tokens": int32 [count, seq_len + 1], "segments": same}
-    ValidationBatches(split, *, seq_len, batch_size, context=0, segments=False): a sequence of
-        {"tokens": int32 [B, T + 1], "mask": bool [B, T], "segments"}; .num_targets, .num_bytes
+        .epochs_seen(num_sequences) -> float
+    ValidationBatches(split, *, eos, seq_len, batch_size, context=0, segments=False): a sequence
+        of {"tokens": int32 [B, T + 1], "mask": bool [B, T], "segments"}; .num_targets, .num_bytes
+    text_bytes(split, tokenizer) -> bytes, the text a split was made from
     prefetch(function, numbers, *, depth=2) -> iterator of function(number), made in a thread
-    prepare(paths=(), *, directory, vocab_size, tokenizer_file=None, field="text")
-        -> (TokenShards, Corpus or None)
+    prepare(paths=(), *, directory, vocab_size, tokenizer_file=None, field="text",
+        validation_fraction=0.05) -> (TokenShards, Corpus or None)
 
 Only reading text needs `tokenizers` (and Parquet and zstd the `data` extra), each imported where
 it is used: training on ready shards needs numpy alone.
@@ -40,7 +43,14 @@ from experiments.data.batches import BatchSource, ValidationBatches, prefetch
 from experiments.data.corpus import Corpus, load_corpus
 from experiments.data.prepare import prepare
 from experiments.data.readers import Document
-from experiments.data.shards import TokenShards, TokenSplit, is_shards, open_shards, tokenize
+from experiments.data.shards import (
+    TokenShards,
+    TokenSplit,
+    is_shards,
+    open_shards,
+    text_bytes,
+)
+from experiments.data.tokenization import tokenize
 from experiments.data.tokenizer import FimTokens, Tokenizer, load_tokenizer, train_tokenizer
 
 __all__ = [
@@ -58,6 +68,7 @@ __all__ = [
     "open_shards",
     "prefetch",
     "prepare",
+    "text_bytes",
     "tokenize",
     "train_tokenizer",
 ]

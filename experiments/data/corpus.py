@@ -33,7 +33,7 @@ class Corpus:
 
 
 def load_corpus(
-    paths: Iterable[str | os.PathLike] = (),
+    paths: str | os.PathLike | Iterable[str | os.PathLike] = (),
     *,
     field: str = "text",
     validation_fraction: float = 0.05,
@@ -51,7 +51,7 @@ def load_corpus(
     """
     if not 0 < validation_fraction <= 1:
         raise ValueError(f"{validation_fraction=} must be above 0 and at most 1")
-    paths = [Path(path) for path in paths]
+    paths = path_list(paths)
     skipped: list[str] = []
     if paths:
         documents = _documents(paths, field, skipped)
@@ -67,6 +67,11 @@ def load_corpus(
             text_hash = hashlib.sha256(text.encode()).hexdigest()
             digest.update(f"{split}\0{name}\0{text_hash}\n".encode())
     return Corpus(tuple(train), tuple(validation), digest.hexdigest(), tuple(skipped))
+
+
+def path_list(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Path]:
+    """One path or many, as a list."""
+    return [Path(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
 
 
 def held_out(name: str, fraction: float) -> bool:

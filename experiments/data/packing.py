@@ -116,6 +116,7 @@ class Packing:
         if prefix_end < first:
             out_P[:] = self.split.read(first + start, first + start + len(out_P))
             return
+        assert self.fim is not None
         begin, hole, fim_end = self.fim
         # A piece is one special token or a range of the stored stream.
         pieces = (

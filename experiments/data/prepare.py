@@ -2,15 +2,15 @@
 
 import os
 from collections.abc import Iterable
-from pathlib import Path
 
-from experiments.data.corpus import Corpus, load_corpus
-from experiments.data.shards import TokenShards, is_shards, open_shards, tokenize
+from experiments.data.corpus import Corpus, load_corpus, path_list
+from experiments.data.shards import TokenShards, is_shards, open_shards
+from experiments.data.tokenization import tokenize
 from experiments.data.tokenizer import load_tokenizer, train_tokenizer
 
 
 def prepare(
-    paths: Iterable[str | os.PathLike] = (),
+    paths: str | os.PathLike | Iterable[str | os.PathLike] = (),
     *,
     directory: str | os.PathLike,
     vocab_size: int,
@@ -24,7 +24,7 @@ def prepare(
     else with the tokenizer of the ready shards beside it, else with one of `vocab_size` trained
     on it. Only shards given: nothing is written, no tokenizer is loaded and the corpus is None.
     """
-    paths = [Path(path) for path in paths]
+    paths = path_list(paths)
     ready = [path for path in paths if is_shards(path)]
     texts = [path for path in paths if not is_shards(path)]
     if ready and not texts:
