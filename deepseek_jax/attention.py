@@ -1,0 +1,139 @@
+"""Multi-head latent attention: expanded for training and prefill, absorbed on the latent cache.
+
+Both forms read the same stored weights (ISCA section 2.1.1, V3 report eqs. 1-11). Cached per token
+and layer: Y = C + R elements, the normalised latent and the rotated key that all heads share.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.layers import normal, ones, rms_norm
+from deepseek_jax.linear import linear
+from deepseek_jax.rope import rotate, softmax_scale
+from pallas_kernels.mla_attention.api import mla_attention
+from sharding import local, shard
+
+
+class Attention(nnx.Module):
+    """The matrices of MLA. kv_a and kv_b are one stored matrix each, as in released weights."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        D, N, A, Q = (config.model_dim, config.num_heads, config.query_key_dim,
+                      config.query_latent_dim)
+        C, H, U = config.kv_latent_dim, config.content_head_dim, config.value_head_dim
+        if Q is None:
+            self.wq_NAD = normal(rngs, (N, A, D), config)
+        else:
+            self.wq_a_QD = normal(rngs, (Q, D), config)
+            self.q_norm_Q = ones(Q)
+            self.wq_b_NAQ = normal(rngs, (N, A, Q), config)
+        self.wkv_a_YD = normal(rngs, (config.cache_dim, D), config)
+        self.kv_norm_C = ones(C)
+        self.wkv_b_NXC = normal(rngs, (N, H + U, C), config)
+        self.wo_DNU = normal(rngs, (D, N, U), config)
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        rotations_BTr,
+        *,
+        segments_BT: Int[Array, "B T"] | None = None,
+        cache_BSY: Float[Array, "B S Y"] | None = None,
+        start_B: Int[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], jax.Array]:
+        """Returns the output and what is cached of these tokens: latent_BTY, or the new cache.
+
+        With a cache the T tokens stand at positions start_B + t of it and see what lies before.
+        """
+        q_BTNA = queries(self, x_BTD, rotations_BTr)
+        latent_BTY = latents(self, x_BTD, rotations_BTr)
+        if cache_BSY is None:
+            o_BTNU = expanded(self, q_BTNA, latent_BTY, segments_BT)
+            kept = latent_BTY
+        else:
+            kept = append(cache_BSY, latent_BTY, start_B)
+            o_BTNU = absorbed(self, q_BTNA, kept, start_B)
+        o_BTNU = checkpoint_name(shard(o_BTNU, "BTNU"), "attention")
+        return shard(linear("BTNU,DNU->BTD", o_BTNU, self.wo_DNU[...]), "BTD"), kept
+
+
+def queries(attention: Attention, x_BTD, rotations_BTr) -> Float[Array, "B T N A"]:
+    """Content and rotated part of each head's query (V3 eqs. 6-9)."""
+    config = attention.config
+    if config.query_latent_dim is None:
+        q_BTNA = linear("BTD,NAD->BTNA", x_BTD, attention.wq_NAD[...])
+    else:
+        latent_BTQ = checkpoint_name(
+            linear("BTD,QD->BTQ", x_BTD, attention.wq_a_QD[...]), "latent"
+        )
+        latent_BTQ = rms_norm(latent_BTQ, attention.q_norm_Q[...], config.latent_norm_eps)
+        q_BTNA = linear("BTQ,NAQ->BTNA", latent_BTQ, attention.wq_b_NAQ[...])
+    content, rotary = jnp.split(q_BTNA, [config.content_head_dim], axis=-1)
+    return jnp.concatenate((content, rotate(rotary, rotations_BTr)), axis=-1)
+
+
+def latents(attention: Attention, x_BTD, rotations_BTr) -> Float[Array, "B T Y"]:
+    """What MLA caches: [RMSNorm(W_DKV h); RoPE(W_KR h)] (V3 eqs. 1 and 3)."""
+    config = attention.config
+    down_BTY = checkpoint_name(
+        linear("BTD,YD->BTY", x_BTD, attention.wkv_a_YD[...]), "latent"
+    )
+    content, rotary = jnp.split(down_BTY, [config.kv_latent_dim], axis=-1)
+    content = rms_norm(content, attention.kv_norm_C[...], config.latent_norm_eps)
+    rotary = rotate(rotary[:, :, None, :], rotations_BTr)[:, :, 0, :]
+    return jnp.concatenate((content, rotary), axis=-1)
+
+
+def expanded(attention: Attention, q_BTNA, latent_BTY, segments_BT) -> Float[Array, "B T N U"]:
+    """Attention on keys and values expanded per head from the latent (V3 eqs. 2, 4, 5, 10)."""
+    config = attention.config
+    content_BTC, rotary_BTR = jnp.split(latent_BTY, [config.kv_latent_dim], axis=-1)
+    kv_BTNX = linear("BTC,NXC->BTNX", content_BTC, attention.wkv_b_NXC[...])
+    k_BTNH, v_BTNU = jnp.split(kv_BTNX, [config.content_head_dim], axis=-1)
+    shared = jnp.broadcast_to(
+        rotary_BTR[:, :, None, :], (*k_BTNH.shape[:-1], config.rotary_head_dim)
+    )
+    k_BTNA = jnp.concatenate((k_BTNH, shared), axis=-1)
+    attend = functools.partial(mla_attention, scale=softmax_scale(config))
+    if segments_BT is None:
+        return local(attend, "BTNA,BTNA,BTNU->BTNU")(q_BTNA, k_BTNA, v_BTNU)
+    masked = lambda q, k, v, segments: attend(q, k, v, segments_BT=segments)
+    return local(masked, "BTNA,BTNA,BTNU,BT->BTNU")(q_BTNA, k_BTNA, v_BTNU, segments_BT)
+
+
+def absorbed(attention: Attention, q_BTNA, cache_BSY, start_B) -> Float[Array, "B T N U"]:
+    """The same attention with W_UK moved to the query and W_UV to the output.
+
+    Every head reads the cached latents as they are: keys of C + R, values of C elements.
+    """
+    config = attention.config
+    w_k_NHC, w_v_NUC = jnp.split(attention.wkv_b_NXC[...], [config.content_head_dim], axis=1)
+    q_BTNH, q_BTNR = jnp.split(q_BTNA, [config.content_head_dim], axis=-1)
+    q_BTNC = jnp.einsum("BTNH,NHC->BTNC", q_BTNH, w_k_NHC.astype(q_BTNH.dtype))
+    q_BTNY = jnp.concatenate((q_BTNC, q_BTNR), axis=-1)
+    score_BNTS = softmax_scale(config) * jnp.einsum(
+        "BTNY,BSY->BNTS", q_BTNY, cache_BSY, preferred_element_type=jnp.float32
+    )
+    T, S = q_BTNA.shape[1], cache_BSY.shape[1]
+    last_BT = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
+    seen_BTS = jnp.arange(S, dtype=jnp.int32)[None, None, :] <= last_BT[:, :, None]
+    score_BNTS = jnp.where(seen_BTS[:, None], score_BNTS, -jnp.inf)
+    weight_BNTS = jax.nn.softmax(score_BNTS, axis=-1).astype(cache_BSY.dtype)
+    values_BSC = cache_BSY[:, :, : config.kv_latent_dim]
+    z_BTNC = jnp.einsum("BNTS,BSC->BTNC", weight_BNTS, values_BSC)
+    return jnp.einsum("BTNC,NUC->BTNU", z_BTNC, w_v_NUC.astype(z_BTNC.dtype))
+
+
+def append(cache_BSY, latent_BTY, start_B) -> Float[Array, "B S Y"]:
+    """The cache with the latents of T tokens written from position start_B on."""
+    write = lambda cache_SY, latent_TY, start: jax.lax.dynamic_update_slice(
+        cache_SY, latent_TY, (start, jnp.zeros_like(start))
+    )
+    return jax.vmap(write)(cache_BSY, latent_BTY.astype(cache_BSY.dtype), start_B)

@@ -1,0 +1,106 @@
+"""One transformer block, a stack of them run by scan, and what is kept for the backward pass."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+
+from deepseek_jax.attention import Attention
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.layers import FeedForward, ones, rms_norm
+from deepseek_jax.moe import Load, MoE
+
+# What the backward pass keeps of a block beside its input; the rest is computed again.
+# paper: RMSNorms, MLA's up-projections and SwiGLU outputs are recomputed (V3 report, 3.2.3).
+REMAT: dict[str, Callable | None] = {
+    "none": None,
+    "paper": jax.checkpoint_policies.save_only_these_names(
+        "latent", "attention", "expert_input", "ffn_hidden"
+    ),
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Block(nnx.Module):
+    """x + MLA(RMSNorm(x)), then x + FFN(RMSNorm(x)); the FFN is dense or a mixture of experts."""
+
+    def __init__(self, config: ModelConfig, *, dense: bool, rngs: nnx.Rngs):
+        self.config = config
+        self.attention_norm_D = ones(config.model_dim)
+        self.attention = Attention(config, rngs=rngs)
+        self.ffn_norm_D = ones(config.model_dim)
+        self.ffn = (
+            FeedForward(config, config.dense_ffn_dim, rngs=rngs)
+            if dense
+            else MoE(config, rngs=rngs)
+        )
+
+    def __call__(self, x_BTD, rotations_BTr, *, segments_BT=None, valid_BT=None, cache_BSY=None,
+                 start_B=None) -> tuple[jax.Array, "LayerOutput"]:
+        eps = self.config.norm_eps
+        o_BTD, latent = self.attention(
+            rms_norm(x_BTD, self.attention_norm_D[...], eps),
+            rotations_BTr,
+            segments_BT=segments_BT,
+            cache_BSY=cache_BSY,
+            start_B=start_B,
+        )
+        x_BTD = x_BTD + o_BTD
+        normed_BTD = rms_norm(x_BTD, self.ffn_norm_D[...], eps)
+        if isinstance(self.ffn, MoE):
+            y_BTD, load = self.ffn(normed_BTD, valid_BT)
+        else:
+            y_BTD, load = self.ffn(normed_BTD), None
+        x_BTD = x_BTD + y_BTD
+        return x_BTD, LayerOutput(x_BTD, latent, load)
+
+
+class LayerOutput(NamedTuple):
+    """What a block returns beside the residual stream; in a stack, every leaf has a leading L."""
+
+    x_BTD: jax.Array
+    latent_BTY: jax.Array  # with a cache: the new cache_BSY
+    load: Load | None  # None in dense layers
+
+
+def stack(config: ModelConfig, num_layers: int, *, dense: bool, rngs: nnx.Rngs) -> Block | None:
+    """Blocks whose parameters carry a leading dimension L; None for no layers."""
+    if num_layers == 0:
+        return None
+    make = lambda key: Block(config, dense=dense, rngs=nnx.Rngs(key))
+    return jax.vmap(make)(jax.random.split(rngs.params(), num_layers))
+
+
+def run_stack(
+    blocks: Block,
+    x_BTD: jax.Array,
+    rotations_BTr,
+    *,
+    keep: Callable[[LayerOutput], object],
+    remat: str = "none",
+    cache_LBSY: jax.Array | None = None,
+    **inputs,
+) -> tuple[jax.Array, object]:
+    """Runs the stacked blocks in turn; returns x_BTD and, stacked over L, what `keep` picks.
+
+    Compile time does not grow with depth. `keep` must not return the residual stream in training.
+    """
+
+    def layer(x_BTD, scanned):
+        block, cache_BSY = scanned
+        x_BTD, output = block(x_BTD, rotations_BTr, cache_BSY=cache_BSY, **inputs)
+        return x_BTD, keep(output)
+
+    return jax.lax.scan(checkpointed(layer, remat), x_BTD, (blocks, cache_LBSY))
+
+
+def checkpointed(fn: Callable, remat: str) -> Callable:
+    """`fn` under a named policy of REMAT."""
+    if remat not in REMAT:
+        raise ValueError(f"unknown remat policy {remat!r}: use {', '.join(REMAT)}")
+    if REMAT[remat] is None:
+        return fn
+    # Inside scan nothing can be merged across iterations, so the barrier against it is not needed.
+    return jax.checkpoint(fn, policy=REMAT[remat], prevent_cse=False)

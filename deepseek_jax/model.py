@@ -1,0 +1,188 @@
+"""DeepSeek-V3: embedding, dense and MoE blocks, final norm, head, multi-token prediction."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from deepseek_jax import mtp as mtp_modules
+from deepseek_jax.block import checkpointed, run_stack, stack
+from deepseek_jax.config import ModelConfig, Precision
+from deepseek_jax.layers import embed, normal, ones, rms_norm
+from deepseek_jax.linear import DTYPES, einsum
+from deepseek_jax.moe import Load
+from deepseek_jax.rope import positions, rotations
+from sharding import shard
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Aux:
+    """What a forward pass returns beside logits. Counts cover the MoE layers in order, MTP last."""
+
+    expert_counts_LE: Int[Array, "L E"]
+    sequence_loss: Float[Array, ""]  # summed over MoE layers, without its weight alpha
+    hidden_LBTD: Float[Array, "L B T D"] | None = None  # L + 1, the last after the final norm
+    mtp_logits: tuple[Float[Array, "B t V"], ...] | None = None  # depth k: t = T - k positions
+    latent_LBTY: Float[Array, "L B T Y"] | None = None  # what MLA caches of the tokens
+
+
+class Model(nnx.Module):
+    """The whole model; `model(tokens_BT)` is the head on `model.hidden(tokens_BT)`.
+
+    Layers are stacked: every parameter of `dense`, `moe` and `mtp` has a leading dimension.
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, precision: str | Precision = "fp32", rngs: nnx.Rngs
+    ):
+        self.config = config
+        self.precision = Precision.of(precision)
+        if self.precision.matmul == "fp8":
+            raise NotImplementedError(
+                "precision 'fp8' is not available yet: use 'bf16' or 'fp32'"
+            )
+        self.embed_VD = normal(rngs, (config.vocab_size, config.model_dim), config)
+        self.dense = stack(config, config.num_dense_layers, dense=True, rngs=rngs)
+        self.moe = stack(config, config.num_moe_layers, dense=False, rngs=rngs)
+        self.final_norm_D = ones(config.model_dim)
+        self.head_VD = normal(rngs, (config.vocab_size, config.model_dim), config)
+        self.mtp = mtp_modules.modules(config, rngs=rngs)
+        if self.precision.weights != "fp32":
+            cast_weights(self, DTYPES[self.precision.weights])
+
+    def __call__(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        *,
+        segments_BT: Int[Array, "B T"] | None = None,
+        hidden: bool = False,
+        mtp: bool = False,
+    ) -> tuple[Float[Array, "B T V"], Aux]:
+        """FP32 logits and auxiliary values.
+
+        Args:
+          segments_BT: attention stays among equal ids.
+          hidden: also return every layer's hidden state.
+          mtp: also return the logits of the MTP modules, and count their experts.
+        """
+        x_BTD, aux = self.hidden(tokens_BT, segments_BT=segments_BT, every_layer=hidden)
+        mtp_logits = None
+        if mtp:
+            depths, load = self.predict_ahead(x_BTD, tokens_BT, segments_BT=segments_BT)
+            T = tokens_BT.shape[1]
+            mtp_logits = tuple(
+                self.head(h_BTD[:, : T - k]) for k, h_BTD in enumerate(depths, start=1)
+            )
+            aux = with_load(aux, load)
+        return self.head(x_BTD), _replace(aux, mtp_logits=mtp_logits)
+
+    def hidden(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        *,
+        segments_BT: Int[Array, "B T"] | None = None,
+        every_layer: bool = False,
+        latents: bool = False,
+        remat: str = "none",
+    ) -> tuple[Float[Array, "B T D"], Aux]:
+        """Hidden states after the final norm, in the precision of activations."""
+        config = self.config
+        x_BTD = embed(tokens_BT, self.embed_VD[...], self.dtype)
+        turns = rotations(positions(tokens_BT.shape[1]), config)
+        layers_BTD, caches, loads = [x_BTD[None]], [], []
+
+        def keep(output):
+            return (
+                output.x_BTD if every_layer else None,
+                output.latent_BTY if latents else None,
+                output.load,
+            )
+
+        for blocks in (self.dense, self.moe):
+            if blocks is None:
+                continue
+            x_BTD, (xs_LBTD, cache_LBTY, load) = run_stack(
+                blocks, x_BTD, turns, keep=keep, remat=remat, segments_BT=segments_BT
+            )
+            layers_BTD.append(xs_LBTD)
+            caches.append(cache_LBTY)
+            loads.append(load)
+        x_BTD = rms_norm(x_BTD, self.final_norm_D[...], config.norm_eps)
+        aux = with_load(Aux(jnp.zeros((0, config.num_experts), jnp.int32), jnp.zeros(())),
+                        loads[-1])
+        if every_layer:
+            layers_LBTD = jnp.concatenate((*layers_BTD,), axis=0)
+            aux = _replace(aux, hidden_LBTD=jnp.concatenate((layers_LBTD[:-1], x_BTD[None])))
+        if latents:
+            aux = _replace(aux, latent_LBTY=jnp.concatenate(caches))
+        return x_BTD, aux
+
+    def predict_ahead(
+        self,
+        hidden_BTD: Float[Array, "B T D"],
+        tokens_BS: Int[Array, "B S"],
+        *,
+        segments_BT: Int[Array, "B T"] | None = None,
+        remat: str = "none",
+    ) -> tuple[list[Float[Array, "B T D"]], Load | None]:
+        """Hidden states of every MTP depth, and their load stacked over depths.
+
+        `tokens_BS` may be longer than T (in training by the last target). Depth k is meaningful
+        at positions i < T - k; later ones see padding and do not count in the load.
+        """
+        T = hidden_BTD.shape[1]
+        turns = rotations(positions(T), self.config)
+        outputs, loads = [], []
+
+        def one_depth(module, hidden_BTD, embedded_BTD, valid_BT):
+            return module(
+                hidden_BTD, embedded_BTD, turns, segments_BT=segments_BT, valid_BT=valid_BT
+            )
+
+        for k in range(1, self.config.num_mtp + 1):
+            module = jax.tree.map(lambda leaf, k=k: leaf[k - 1], self.mtp)
+            embedded_BTD = embed(
+                mtp_modules.ahead(tokens_BS, k, T), self.embed_VD[...], self.dtype
+            )
+            valid_BT = mtp_modules.valid_positions(tokens_BS[:, :T], k)
+            hidden_BTD, load = checkpointed(one_depth, remat)(
+                module, hidden_BTD, embedded_BTD, valid_BT
+            )
+            outputs.append(hidden_BTD)
+            loads.append(load)
+        return outputs, jax.tree.map(lambda *leaves: jnp.stack(leaves), *loads) if loads else None
+
+    def head(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """FP32 logits."""
+        head_VD = self.head_VD[...].astype(hidden_BTD.dtype)
+        return shard(einsum("BTD,VD->BTV", hidden_BTD, head_VD, jnp.float32), "BTV")
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of activations."""
+        return DTYPES[self.precision.activations]
+
+
+def cast_weights(model: Model, dtype: jnp.dtype) -> None:
+    """Casts parameters, but neither routing biases nor routers, which stay FP32."""
+    for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        if path[-1] != "router_ED":
+            param.set_value(param[...].astype(dtype))
+
+
+def with_load(aux: Aux, load: Load | None) -> Aux:
+    """`aux` with the load of further layers, stacked on L, added at the end."""
+    if load is None:
+        return aux
+    return _replace(
+        aux,
+        expert_counts_LE=jnp.concatenate((aux.expert_counts_LE, load.counts_E)),
+        sequence_loss=aux.sequence_loss + jnp.sum(load.sequence_loss),
+    )
+
+
+def _replace(aux: Aux, **changes) -> Aux:
+    return Aux(**{**vars(aux), **changes})

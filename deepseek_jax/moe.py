@@ -1,0 +1,177 @@
+"""DeepSeekMoE: the router with its three balance mechanisms, shared and routed experts.
+
+V3 report eqs. 12-20; V2's softmax routers. No token is ever dropped.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.layers import FeedForward, RoutingBias, normal
+from pallas_kernels.grouped_matmul.api import grouped_matmul
+from pallas_kernels.mosaic import target
+from sharding import local
+from sharding.expert_parallel import combine, dispatch, dispatch_choices, plan_rows
+
+
+class Load(NamedTuple):
+    """What balancing needs to know of a layer."""
+
+    counts_E: jax.Array  # int32: tokens that chose each expert, over the whole batch
+    sequence_loss: jax.Array  # FP32 scalar, without its weight alpha
+
+
+class MoE(nnx.Module):
+    """Shared experts for every token, K of E routed experts chosen by the router."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        D, E, F = config.model_dim, config.num_experts, config.expert_ffn_dim
+        self.router_ED = normal(rngs, (E, D), config)
+        if config.score == "sigmoid":
+            self.bias_E = RoutingBias(jnp.zeros((E,), jnp.float32))
+        self.w_gate_EFD = normal(rngs, (E, F, D), config)
+        self.w_up_EFD = normal(rngs, (E, F, D), config)
+        self.w_down_EDF = normal(rngs, (E, D, F), config)
+        if config.num_shared_experts:
+            self.shared = FeedForward(config, config.shared_ffn_dim, rngs=rngs)
+
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], Load]:
+        """Returns the output and the load. Tokens that are not valid do not count in the load."""
+        config = self.config
+        score_BTE = scores(x_BTD, self.router_ED[...], config)
+        bias_E = self.bias_E[...] if config.score == "sigmoid" else None
+        expert_BTK, weight_BTK = route(score_BTE, bias_E, config)
+        load = Load(
+            expert_counts(expert_BTK, config.num_experts, valid_BT),
+            sequence_loss(score_BTE, config, valid_BT),
+        )
+        weights = (self.w_gate_EFD[...], self.w_up_EFD[...], self.w_down_EDF[...])
+        experts = local(
+            functools.partial(run_experts, num_experts=config.num_experts),
+            "BTD,BTK,BTK,EFD,EFD,EDF->BTD",
+        )
+        y_BTD = experts(x_BTD, expert_BTK, weight_BTK, *weights)
+        if config.num_shared_experts:
+            y_BTD = y_BTD + self.shared(x_BTD)
+        return y_BTD, load
+
+
+def scores(x_BTD, router_ED, config: ModelConfig) -> Float[Array, "B T E"]:
+    """Affinity of each token to each expert, FP32 throughout."""
+    logits_BTE = jnp.einsum(
+        "BTD,ED->BTE",
+        x_BTD.astype(jnp.float32),
+        router_ED.astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    if config.score == "sigmoid":
+        return jax.nn.sigmoid(logits_BTE)
+    return jax.nn.softmax(logits_BTE, axis=-1)
+
+
+def route(
+    score_BTE: Float[Array, "B T E"], bias_E: Float[Array, " E"] | None, config: ModelConfig
+) -> tuple[Int[Array, "B T K"], Float[Array, "B T K"]]:
+    """The K experts of each token and their weights.
+
+    The bias decides who is chosen and never enters a weight. Rejected groups are -inf, not 0:
+    biased scores can be negative.
+    """
+    biased_BTE = jax.lax.stop_gradient(score_BTE)
+    if bias_E is not None:
+        biased_BTE = biased_BTE + jax.lax.stop_gradient(bias_E)[None, None, :]
+    if config.groups_per_token < config.num_groups:
+        biased_BTE = limit_groups(biased_BTE, config)
+    _, expert_BTK = jax.lax.top_k(biased_BTE, config.experts_per_token)
+    weight_BTK = jnp.take_along_axis(score_BTE, expert_BTK, axis=-1)
+    if config.normalize_weights:
+        weight_BTK = weight_BTK / (jnp.sum(weight_BTK, axis=-1, keepdims=True) + 1e-20)
+    return expert_BTK, weight_BTK * config.route_scale
+
+
+def limit_groups(biased_BTE: Float[Array, "B T E"], config: ModelConfig) -> jax.Array:
+    """-inf outside the best groups (node-limited routing, ISCA section 4.3).
+
+    A group counts by the sum of its two best biased scores; with softmax (V2) by its best.
+    """
+    G, M = config.num_groups, config.groups_per_token
+    grouped = biased_BTE.reshape(*biased_BTE.shape[:-1], G, config.experts_per_group)
+    if config.score == "sigmoid":
+        group_BTG = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
+    else:
+        group_BTG = jnp.max(grouped, axis=-1)
+    _, kept_BTM = jax.lax.top_k(group_BTG, M)
+    kept_BTG = chosen(kept_BTM, G)
+    return jnp.where(kept_BTG[..., None], grouped, -jnp.inf).reshape(biased_BTE.shape)
+
+
+def chosen(expert_BTK: Int[Array, "B T K"], num_experts: int) -> Bool[Array, "B T E"]:
+    """True where a token chose an expert (or, likewise, a group)."""
+    ids_E = jnp.arange(num_experts, dtype=expert_BTK.dtype)
+    return jnp.any(expert_BTK[..., None] == ids_E[None, None, None, :], axis=-2)
+
+
+def expert_counts(expert_BTK, num_experts: int, valid_BT) -> Int[Array, " E"]:
+    """Tokens per expert over the whole (global) batch."""
+    chosen_BTE = chosen(expert_BTK, num_experts)
+    if valid_BT is not None:
+        chosen_BTE = chosen_BTE & valid_BT[..., None]
+    return jnp.sum(chosen_BTE, axis=(0, 1), dtype=jnp.int32)
+
+
+def sequence_loss(score_BTE, config: ModelConfig, valid_BT) -> Float[Array, ""]:
+    """Mean over sequences of sum_i f_i P_i (V3 eqs. 17-20); 1 when load and scores are even.
+
+    f_i = E / (K T) * tokens with expert i among their K best scores (no bias, no groups);
+    P_i = mean over tokens of the share of expert i in the token's scores.
+    """
+    E, K = config.num_experts, config.experts_per_token
+    _, best_BTK = jax.lax.top_k(jax.lax.stop_gradient(score_BTE), K)
+    valid = jnp.ones(score_BTE.shape[:2]) if valid_BT is None else valid_BT.astype(jnp.float32)
+    length_B = jnp.maximum(jnp.sum(valid, axis=1), 1.0)[:, None]
+    counts_BE = jnp.sum(jnp.where(chosen(best_BTK, E), valid[..., None], 0.0), axis=1)
+    share_BTE = score_BTE / jnp.sum(score_BTE, axis=-1, keepdims=True)
+    P_BE = jnp.sum(share_BTE * valid[..., None], axis=1) / length_B
+    f_BE = counts_BE * (E / K) / length_B
+    return jnp.mean(jnp.sum(f_BE * P_BE, axis=-1))
+
+
+def run_experts(
+    x_BTD, expert_BTK, weight_BTK, w_gate_EFD, w_up_EFD, w_down_EDF, *, num_experts: int
+) -> Float[Array, "B T D"]:
+    """sum_k weight_k FFN_k(x) of each token, on one device's tokens.
+
+    The routing weight is multiplied into the SwiGLU output, so combine is a plain sum.
+    """
+    B, T, D = x_BTD.shape
+    K = expert_BTK.shape[-1]
+    alignment = row_alignment(B * T * K, num_experts)
+    layout = plan_rows(expert_BTK.reshape(B * T, K), num_experts, alignment)
+    matmul = functools.partial(
+        grouped_matmul, group_sizes_G=layout.group_sizes_E, alignment=alignment
+    )
+    x_MD = checkpoint_name(dispatch(x_BTD.reshape(B * T, D), layout), "expert_input")
+    w_M = dispatch_choices(weight_BTK.reshape(B * T, K), layout)
+    gate_MF = checkpoint_name(matmul(x_MD, w_gate_EFD), "ffn_hidden")
+    up_MF = checkpoint_name(matmul(x_MD, w_up_EFD), "ffn_hidden")
+    hidden_MF = (
+        jax.nn.silu(gate_MF.astype(jnp.float32)) * up_MF.astype(jnp.float32) * w_M[:, None]
+    ).astype(x_BTD.dtype)
+    return combine(matmul(hidden_MF, w_down_EDF), layout).reshape(B, T, D)
+
+
+def row_alignment(num_rows: int, num_experts: int) -> int:
+    """Rows in a block of one expert: what kernels want, and on CPU little padding to compute."""
+    if target().platform != "cpu":
+        return 128
+    mean = num_rows // (4 * num_experts)
+    return min(max(1 << mean.bit_length() >> 1, 1), 128)
