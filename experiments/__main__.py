@@ -5,7 +5,14 @@ import sys
 from experiments.command_line import Command, run
 
 # A name of two words is a member of a family: `bench train`. Modules are imported when chosen.
-COMMANDS: dict[str, Command] = {}
+COMMANDS = {
+    "report": Command(
+        "experiments.report",
+        "report",
+        "write the report of a run again, finished or not",
+        "runs/tiny",
+    ),
+}
 
 
 def main() -> int:

@@ -154,6 +154,7 @@ LIGHT = [
         "experiments.recipes",
         "experiments.train",
         "experiments.launch",
+        "experiments.report",
         "experiments.bench",
     )
     if list(ROOT.glob(f"{module.replace('.', '/')}*"))

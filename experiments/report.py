@@ -1,0 +1,319 @@
+"""report.html of a run: one page without network or scripts, for any screen, light or dark."""
+
+import html
+import json
+import math
+import os
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from experiments import plots
+from experiments.display import duration
+from experiments.plots import FIRST, SECOND, Curve, short
+from experiments.report_style import CSS
+
+# Scalars read from every line of metrics.jsonl.
+SCALARS = (
+    "tokens loss mtp_loss bits_per_byte learning_rate grad_norm busiest_over_mean skipped seconds "
+    "tokens_per_second mfu_causal mfu_full"
+).split()
+# A heat map is drawn from at most this many steps, and for at most this many layers.
+LOADS, LAYERS = 480, 8
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write report.html of a run again from what the run has recorded, finished or not."""
+
+    run: tyro.conf.Positional[Path]
+    """The folder of the run."""
+
+
+def report(arguments: Report) -> None:
+    """The command `report`."""
+    print(write_report(arguments.run))
+
+
+@dataclass(frozen=True)
+class Records:
+    """What a run has written about itself so far."""
+
+    config: dict[str, Any]
+    summary: dict[str, Any] | None  # None until the run has ended
+    steps: list[int]
+    scalars: dict[str, np.ndarray]
+    load_steps: list[int]
+    load_LET: np.ndarray  # load of each expert over the mean of its layer; T counts load_steps
+
+    def last(self, name: str, count: int = 1) -> float | None:
+        """The mean of a scalar over the last steps, None if it is unknown there."""
+        values = self.scalars[name][-count:]
+        values = values[np.isfinite(values)]
+        return float(values.mean()) if len(values) else None
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write report.html beside the run's records and return its path."""
+    path = Path(run_dir) / "report.html"
+    partial = path.with_name(".report.html.partial")
+    try:
+        partial.write_text(page(read_records(Path(run_dir))), encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def read_records(run_dir: Path) -> Records:
+    """Read config.json, metrics.jsonl and summary.json; only the first must exist."""
+    if not (run_dir / "config.json").is_file():
+        raise ValueError(f"{run_dir} holds no config.json: name the folder of a run")
+    config = json.loads((run_dir / "config.json").read_text())
+    summary = run_dir / "summary.json"
+    # A step written twice, before a crash and after the resume, counts once.
+    lines = {line["step"]: line for line in metrics_lines(run_dir / "metrics.jsonl")}
+    steps = sorted(lines)
+    scalars = {name: floats(lines[step].get(name) for step in steps) for name in SCALARS}
+    with_load = [step for step in steps if lines[step].get("expert_load_LE")]
+    load_steps = with_load[:: math.ceil(len(with_load) / LOADS) or 1]
+    loads = [np.asarray(lines[step]["expert_load_LE"], np.float64) for step in load_steps]
+    return Records(
+        config=config,
+        summary=json.loads(summary.read_text()) if summary.is_file() else None,
+        steps=steps,
+        scalars=scalars,
+        load_steps=load_steps,
+        load_LET=np.stack(loads, axis=-1) if loads else np.zeros((0, 0, 0)),
+    )
+
+
+def metrics_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last line that was cut off is left out."""
+    if not path.is_file():
+        return
+    with path.open() as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def floats(values: Iterator[float | None]) -> np.ndarray:
+    """An array with not-a-number where a value is unknown."""
+    return np.asarray([math.nan if v is None else float(v) for v in values], np.float64)
+
+
+def page(records: Records) -> str:
+    """The whole page."""
+    title = html.escape(str(records.config.get("recipe", "a run")))
+    body = "".join(
+        (
+            f"<header><h1>{title}</h1><p>{html.escape(state(records))}</p></header>",
+            facts(records),
+            compression(records),
+            f'<div class="cards">{"".join(figures(records))}</div>' if records.steps else "",
+            experts(records),
+            sample(records),
+            command(records),
+            configuration(records),
+        )
+    )
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{title}</title><style>{CSS}</style></head><body><main>{body}</main></body></html>\n"
+    )
+
+
+def state(records: Records) -> str:
+    """One sentence: how far the run has come."""
+    planned = records.config.get("run", {}).get("steps")
+    if not records.steps:
+        return "No step has been recorded yet."
+    done, tokens = records.steps[-1], records.last("tokens")
+    seconds = (records.summary or {}).get("train_seconds") or np.nansum(records.scalars["seconds"])
+    size = f", {short(tokens)} tokens" if tokens is not None else ""
+    if records.summary is not None:
+        return f"Finished: {done:,} steps{size} in {duration(seconds)}."
+    return f"Not finished: step {done:,} of {planned or '?'}{size}, {duration(seconds)} so far."
+
+
+def facts(records: Records) -> str:
+    """The figures one looks for first."""
+    parameters, summary = records.config.get("parameters", {}), records.summary or {}
+    validation = summary.get("val_bits_per_byte")
+    known = [
+        ("bits per byte, validation", validation, "{:.3f}"),
+        ("bits per byte, training", records.last("bits_per_byte", 50), "{:.3f}"),
+        ("loss, nats per token", records.last("loss", 50), "{:.3f}"),
+        ("MTP loss", records.last("mtp_loss", 50), "{:.3f}"),
+        ("tokens per second", median(records.scalars["tokens_per_second"]), "{:,.0f}"),
+        ("model FLOP utilisation", median(100 * records.scalars["mfu_causal"]), "{:.1f} %"),
+        ("busiest expert over mean", records.last("busiest_over_mean", 100), "{:.2f}"),
+        ("parameters", parameters.get("total"), None),
+        ("active per token", parameters.get("active"), None),
+        ("steps skipped", float(np.nansum(records.scalars["skipped"])) or None, "{:.0f}"),
+    ]
+    cells = [
+        f"<div><dt>{name}</dt><dd>{form.format(value) if form else short(value)}</dd></div>"
+        for name, value, form in known
+        if value is not None
+    ]
+    return f'<dl class="facts">{"".join(cells)}</dl>'
+
+
+def median(values: np.ndarray) -> float | None:
+    """The median of the known values."""
+    values = values[np.isfinite(values)]
+    return float(np.median(values)) if len(values) else None
+
+
+def compression(records: Records) -> str:
+    """Validation bits per byte beside what gzip and xz need for the same bytes."""
+    if records.summary is None:
+        return ""
+    bars = [
+        (name, records.summary.get(key), kind)
+        for name, key, kind in (
+            ("this model", "val_bits_per_byte", "ours"),
+            ("xz -9", "xz_bits_per_byte", "theirs"),
+            ("gzip -9", "gzip_bits_per_byte", "theirs"),
+        )
+    ]
+    bars = [bar for bar in bars if bar[1] is not None]
+    if not bars:
+        return ""
+    longest = max(value for _, value, _ in bars)
+    rows = "".join(
+        f'<div class="bar {kind}"><span>{name}</span>'
+        f'<i style="width:{100 * value / longest:.1f}%"></i><b>{value:.3f}</b></div>'
+        for name, value, kind in bars
+    )
+    size = records.summary.get("val_bytes")
+    what = f"the same {size:,} bytes of validation text" if size else "the same text"
+    return card(
+        "Validation bits per byte", f"What it takes to write down {what}; less is better.", rows
+    )
+
+
+def figures(records: Records) -> Iterator[str]:
+    """The curves of the run, each in its card."""
+    s, steps = records.scalars, records.steps
+    losses = [Curve("next token", s["loss"])]
+    if np.isfinite(s["mtp_loss"]).any():
+        losses.append(Curve("MTP", s["mtp_loss"], SECOND))
+    several = "Next token, and tokens beyond it (MTP)" if len(losses) > 1 else "Next token"
+    yield card("Loss", f"{several}, in nats per token.", plots.curves(steps, losses))
+    for title, words, name, options in (
+        ("Bits per byte", "Estimated on the training text.", "bits_per_byte", {}),
+        ("Gradient norm", "Before clipping; log scale.", "grad_norm", {"log": True}),
+        ("Learning rate", "", "learning_rate", {"smoothed": False, "zero": True}),
+        ("Throughput", "Tokens per second.", "tokens_per_second", {"zero": True}),
+    ):
+        if np.isfinite(s[name]).any():
+            yield card(title, words, plots.curves(steps, [Curve("", s[name], FIRST)], **options))
+    if np.isfinite(s["busiest_over_mean"]).any():
+        words = "Load of the busiest expert over the mean of its layer; 1 is perfect balance."
+        line = plots.curves(steps, [Curve("", s["busiest_over_mean"], SECOND)])
+        yield card("Busiest expert", words, line)
+
+
+def experts(records: Records) -> str:
+    """One heat map of expert load for each MoE layer, or for layers evenly spread over many."""
+    num_layers = len(records.load_LET)
+    if num_layers == 0:
+        return ""
+    shown = sorted({round(i) for i in np.linspace(0, num_layers - 1, min(num_layers, LAYERS))})
+    names = layer_names(records.config, num_layers)
+    maps = "".join(
+        card(names[i], "", plots.heat_map(records.load_LET[i], records.load_steps, "expert"))
+        for i in shown
+    )
+    some = f" {len(shown)} of {num_layers} layers are shown." if len(shown) < num_layers else ""
+    return (
+        "<section><h2>Expert load</h2>"
+        "<p>Tokens that each expert receives, over the mean of its layer. "
+        f"Where the map is blank, the load is even.{some}</p>"
+        '<div class="scale"><span>none</span><i></i><span>twice the mean or more</span></div>'
+        f'<div class="cards">{maps}</div></section>'
+    )
+
+
+def layer_names(config: Mapping[str, Any], num_layers: int) -> list[str]:
+    """Names of the layers that have experts: MoE layers by their place in the model, then MTP."""
+    sizes = config.get("run", {}).get("config", {})
+    first, num_mtp = sizes.get("num_dense_layers", 0), sizes.get("num_mtp", 0)
+    main = [f"Layer {first + i + 1}" for i in range(num_layers - num_mtp)]
+    return main + [f"MTP module {k + 1}" for k in range(num_mtp)]
+
+
+def sample(records: Records) -> str:
+    """Text that the trained model wrote."""
+    written = (records.summary or {}).get("sample")
+    if not written:
+        return ""
+    prompt, text = html.escape(written.get("prompt", "")), html.escape(written.get("text", ""))
+    return section("A sample", f"<pre><mark>{prompt}</mark>{text}</pre>")
+
+
+def command(records: Records) -> str:
+    """What to type to get this run again."""
+    typed = records.config.get("command")
+    if not typed:
+        return ""
+    line = typed if isinstance(typed, str) else shlex.join(map(str, typed))
+    return section("Command", f'<pre class="command">{html.escape(line)}</pre>')
+
+
+def configuration(records: Records) -> str:
+    """Everything in config.json, one folded table for each group of settings."""
+    tables = []
+    for name, rows in groups(records.config):
+        cells = "".join(
+            f"<tr><th>{html.escape(key)}</th><td>{html.escape(words(value))}</td></tr>"
+            for key, value in rows
+        )
+        tables.append(
+            f"<details><summary>{html.escape(name)}</summary><table>{cells}</table></details>"
+        )
+    return section("Configuration", "".join(tables))
+
+
+def groups(config: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, list]]:
+    """Nested settings as flat groups: first a group's own values, then the groups inside it."""
+    own = [
+        (key, value)
+        for key, value in config.items()
+        if not isinstance(value, Mapping) and (name or key != "command")
+    ]
+    if own:
+        yield name or "recipe", own
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from groups(value, f"{name}.{key}" if name else key)
+
+
+def words(value: Any) -> str:
+    """A setting as text."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def section(title: str, body: str) -> str:
+    """A part of the page under its title."""
+    return f"<section><h2>{title}</h2>{body}</section>"
+
+
+def card(title: str, caption: str, body: str) -> str:
+    """A figure with a title above it and, if it needs one, a sentence."""
+    text = f"<p>{html.escape(caption)}</p>" if caption else ""
+    return f'<figure class="card"><figcaption><h3>{title}</h3>{text}</figcaption>{body}</figure>'
