@@ -137,6 +137,8 @@ class ValidationBatches(Sequence):
         if self.segments:
             positions_P = np.arange(first - 1, first - 1 + count)
             segments_P = np.searchsorted(self._split.ends_J, positions_P, side="right") + 1
+            # The first eos ends a document that is not there.
+            segments_P[positions_P < 0] = 0
             batch["segments"] = _windows(segments_P.astype(np.int32), self.seq_len, stride)
             batch["segments"] -= batch["segments"][:, :1]
         return batch

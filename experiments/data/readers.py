@@ -121,14 +121,18 @@ def _read_bytes(path: Path) -> bytes:
             raise ValueError(
                 f"{path}: reading .zst needs zstandard; pip install 'deepseek-jax[data]'"
             ) from None
+        # Frame by frame: the library's stream reader takes a file cut short for a whole one.
+        rest, parts = path.read_bytes(), []
         try:
-            with (
-                path.open("rb") as file,
-                zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True) as stream,
-            ):
-                return stream.read()
+            while rest:
+                frame = zstandard.ZstdDecompressor().decompressobj()
+                parts.append(frame.decompress(rest))
+                if not frame.eof:
+                    raise zstandard.ZstdError("the file ends within a frame")
+                rest = frame.unused_data
         except zstandard.ZstdError as error:
             raise ValueError(f"{path}: damaged zstd ({error}); compress it again") from None
+        return b"".join(parts)
     return path.read_bytes()
 
 

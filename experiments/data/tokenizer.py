@@ -38,7 +38,7 @@ SPLITS = (
 
 # Texts longer than this are cut after a line break, so that one long file keeps all cores busy.
 PIECE_CHARACTERS = 65536
-BPE_TRAINING_BYTES = 256 * 2**20
+BPE_TRAINING_CHARACTERS = 2**28
 
 
 class FimTokens(NamedTuple):
@@ -183,7 +183,7 @@ def train_tokenizer(corpus: Corpus, vocab_size: int) -> Tokenizer:
 def _training_pieces(corpus: Corpus) -> Iterator[str]:
     """The training texts; of a corpus above the limit every n-th piece, spread over all of it."""
     num_characters = sum(len(document.text) for document in corpus.train)
-    every = -(-num_characters // BPE_TRAINING_BYTES)
+    every = -(-num_characters // BPE_TRAINING_CHARACTERS)
     pieces = (piece for document in corpus.train for piece in _pieces(document.text))
     for number, piece in enumerate(pieces):
         if number % every == 0:
