@@ -8,7 +8,7 @@ Files are read in this order:
   tokenization.py   documents -> shards, written whole or not at all
   packing.py        the order of an epoch: shuffled documents, some of them filled in the middle
   batches.py        sequence number -> tokens, for training and for validation
-  preparation.py    all of it in one call
+  prepare.py        all of it in one call
 
     load_corpus(paths=(), *, field="text", validation_fraction=0.05) -> Corpus
     Corpus: .train and .validation, tuples of Document(name, text); .hash; .validation_bytes
@@ -41,7 +41,7 @@ P tokens of a stretch of text, J documents, I documents filled in the middle.
 
 from experiments.data.batches import BatchSource, ValidationBatches, prefetch
 from experiments.data.corpus import Corpus, load_corpus
-from experiments.data.preparation import prepare
+from experiments.data.prepare import prepare
 from experiments.data.readers import Document
 from experiments.data.shards import (
     TokenShards,

@@ -1,6 +1,7 @@
 """One call takes any mix of text and ready shards, and does nothing twice."""
 
 import gzip
+import importlib
 import json
 
 import numpy as np
@@ -10,7 +11,9 @@ import zstandard
 from pyarrow import parquet
 
 from experiments import data
-from experiments.data import preparation
+
+# The package's `prepare` is the function of that name.
+preparation = importlib.import_module("experiments.data.prepare")
 
 
 @pytest.fixture
