@@ -28,7 +28,7 @@ Files are read in this order:
     ValidationBatches(split, *, eos, seq_len, batch_size, context=0, segments=False): a sequence
         of {"tokens": int32 [B, T + 1], "mask": bool [B, T], "segments"}; .num_targets, .num_bytes
     text_bytes(split, tokenizer) -> bytes, the text a split was made from
-    prefetch(function, numbers, *, depth=2) -> iterator of function(number), made in a thread
+    prefetch(function, items, *, depth=2) -> iterator of function(item), made in a thread
     prepare(paths=(), *, directory, vocab_size, tokenizer_file=None, field="text",
         validation_fraction=0.05) -> (TokenShards, Corpus or None)
 

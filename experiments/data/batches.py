@@ -17,6 +17,7 @@ import numpy as np
 from experiments.data.packing import Packing
 from experiments.data.shards import TokenShards, TokenSplit
 
+Item = TypeVar("Item")
 Value = TypeVar("Value")
 END = object()
 
@@ -145,19 +146,19 @@ class ValidationBatches(Sequence):
 
 
 def prefetch(
-    function: Callable[[int], Value], numbers: Iterable[int], *, depth: int = 2
+    function: Callable[[Item], Value], items: Iterable[Item], *, depth: int = 2
 ) -> Iterator[Value]:
-    """Yields function(n) for each n, made up to `depth` ahead by one thread.
+    """Yields function(item) for each item, made up to `depth` ahead by one thread.
 
     An error of the function is raised where its value would have come. The thread ends with the
     iterator.
     """
     if depth < 1:
         raise ValueError(f"{depth=} must be at least 1")
-    return _prefetched(function, numbers, depth)
+    return _prefetched(function, items, depth)
 
 
-def _prefetched(function, numbers, depth):
+def _prefetched(function, items, depth):
     ready: queue.Queue = queue.Queue(depth)
     stopped = threading.Event()
 
@@ -172,8 +173,8 @@ def _prefetched(function, numbers, depth):
 
     def work() -> None:
         try:
-            for number in numbers:
-                if not put((function(number), None)):
+            for item in items:
+                if not put((function(item), None)):
                     return
             put((None, END))
         except BaseException as error:

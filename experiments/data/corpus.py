@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.data.readers import FORMATS, Document, file_format, read_documents
+from experiments.data.readers import FORMATS, SHARDS_META, Document, file_format, read_documents
 
 # Tests and character tables are no prose or code worth learning; the last two are other packages.
 STDLIB_LEFT_OUT = frozenset(
@@ -135,6 +135,8 @@ def _documents(paths: list[Path], field: str, skipped: list[str]) -> Iterator[Do
                 yield document
             if num_documents == 0:
                 raise ValueError(f"{path}: no row has text; remove it from the data or fill it")
+        elif (path / SHARDS_META).is_file():
+            raise ValueError(f"{path}: token shards where text is needed; give text, {FORMATS}")
         elif path.is_dir():
             files = _folder_files(path, skipped)
             if not files:

@@ -14,6 +14,7 @@ TEXT_SUFFIXES = frozenset(
 )
 ROW_SUFFIXES = frozenset(("jsonl", "ndjson", "parquet"))
 COMPRESSIONS = frozenset(("gz", "zst"))
+SHARDS_META = "shards.json"  # its presence makes a folder one of token shards
 FORMATS = ".txt, .md, .py and other plain text, .jsonl (all of them also .gz or .zst), .parquet"
 
 

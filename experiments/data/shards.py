@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from experiments.data.corpus import path_list
+from experiments.data.readers import SHARDS_META as META
 from experiments.data.tokenizer import FimTokens, Tokenizer
 
-META = "shards.json"
 FORMAT = "deepseek_jax token shards 1"
 ENDS_DTYPE = np.dtype("<i8")
 

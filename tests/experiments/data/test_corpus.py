@@ -136,8 +136,9 @@ def test_validation_bytes_are_the_texts_one_after_the_other(tmp_path):
         (lambda folder: write(folder / "a.txt", "x"), "too few to hold out 5%"),
         (lambda folder: write(folder / "a.txt", ""), "is empty"),
         (lambda folder: write(folder / "a.jsonl", "\n\n"), "no row has text"),
+        (lambda folder: write(folder / "shards.json", "{}").parent, "token shards where text"),
     ],
-    ids=["missing", "empty-folder", "one-letter", "empty-file", "no-rows"],
+    ids=["missing", "empty-folder", "one-letter", "empty-file", "no-rows", "shards"],
 )
 def test_unusable_paths_are_refused_in_one_line(tmp_path, make, reason):
     path = make(tmp_path)
