@@ -6,6 +6,24 @@ from experiments.command_line import Command, run
 
 # A name of two words is a member of a family: `bench train`. Modules are imported when chosen.
 COMMANDS = {
+    "launch": Command(
+        "experiments.launch",
+        "launch",
+        "train a recipe; with none, a tiny V3 on real text",
+        "tiny --run runs/first --steps 200",
+    ),
+    "sample": Command(
+        "experiments.sample",
+        "sample",
+        "stream text from a trained run",
+        'runs/first --prompt "import "',
+    ),
+    "eval": Command(
+        "experiments.eval",
+        "evaluate",
+        "bits per byte of a run on its validation text, or on other text",
+        "runs/first --data README.md",
+    ),
     "report": Command(
         "experiments.report",
         "report",

@@ -1,0 +1,137 @@
+"""`eval`: how well a trained model predicts text, in bits per byte with every byte scored."""
+
+import gzip
+import lzma
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+from deepseek_jax.checkpoint import Checkpoints
+from deepseek_jax.config import Run
+from deepseek_jax.loss import cross_entropy
+from deepseek_jax.model import Model
+from deepseek_jax.training import TrainState, join
+from experiments.data.batches import ValidationBatches
+from experiments.data.shards import TokenShards, TokenSplit
+from experiments.run_directory import RunDirectory
+from experiments.tables import print_table
+
+
+@dataclass(frozen=True)
+class EvalArgs:
+    """Bits per byte of a run's model on its validation text, or on other text."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Directory of the run."""
+    data: tuple[str, ...] = ()
+    """Files or folders to score instead of the run's validation text."""
+    batch_size: int = 16
+    """Sequences scored at once."""
+    step: int | None = None
+    """Checkpoint to use; the last one by default."""
+    json: Path | None = None
+    """Also write the table to this file."""
+
+
+def evaluate(args: EvalArgs) -> None:
+    """Scores text with a checkpoint and prints the figures."""
+    directory = RunDirectory(args.run)
+    run, state = load_run(directory, step=args.step)
+    split, shards = scored_split(directory, args.data)
+    row = score(run, state, shards, split, batch_size=args.batch_size)
+    print_table([row], title=f"{args.run}, step {int(state.step)}", json_path=args.json)
+
+
+def load_run(directory: RunDirectory, *, step: int | None = None) -> tuple[Run, TrainState]:
+    """The Run of a directory and the state of a checkpoint of it."""
+    run = directory.read_run()
+    checkpoints = Checkpoints(directory.checkpoints, keep=run.keep_checkpoints)
+    try:
+        return run, checkpoints.restore(run, step=step)
+    finally:
+        checkpoints.close()
+
+
+def trained_model(run: Run, state: TrainState) -> Model:
+    """The model around the averaged parameters where the run keeps them, else the last ones."""
+    return join(run, state.params if state.ema is None else state.ema, state.biases)
+
+
+def check_tokenizer(directory: RunDirectory, tokenizer_hash: str, where: object) -> None:
+    """Raises a ValueError when a tokenizer is not the one the run was trained with."""
+    trained_with = directory.read_config()["tokenizer"]
+    if tokenizer_hash != trained_with:
+        raise ValueError(
+            f"the tokenizer of {where} ({tokenizer_hash[:12]}) does not match the checkpoint's "
+            f"({trained_with[:12]}): use {directory.tokenizer}"
+        )
+
+
+def scored_split(
+    directory: RunDirectory, data: tuple[str, ...]
+) -> tuple[TokenSplit, TokenShards]:
+    """The tokens to score: all of `data`, or the validation split of the run."""
+    from experiments.data import load_corpus, load_tokenizer, open_shards, tokenize
+
+    if not data:
+        recorded = directory.read_config()["shards"]
+        shards = open_shards([directory.path / path for path in recorded])
+        check_tokenizer(directory, shards.tokenizer_hash, recorded[0])
+        return shards.validation, shards
+    import tempfile
+
+    tokenizer = load_tokenizer(directory.tokenizer)
+    check_tokenizer(directory, tokenizer.hash, directory.tokenizer)
+    corpus = load_corpus(data, validation_fraction=1.0)
+    shards = tokenize(corpus, tokenizer, Path(tempfile.mkdtemp()) / "data")
+    return shards.validation, shards
+
+
+def score(
+    run: Run, state: TrainState, shards: TokenShards, split: TokenSplit, *, batch_size: int
+) -> dict[str, float | int]:
+    """Nats per token and bits per byte of a split.
+
+    Windows overlap by half, so that every token but the first few sees half a window of past.
+    """
+    model = trained_model(run, state)
+    batches = ValidationBatches(
+        split,
+        eos=shards.eos,
+        seq_len=run.seq_len,
+        batch_size=batch_size,
+        context=run.seq_len // 2,
+        segments=run.mask_documents,
+    )
+    total = 0.0
+    for number in range(len(batches)):
+        batch = batches[number]
+        total += float(summed_loss(model, batch["tokens"], batch["mask"], batch.get("segments")))
+    return {
+        "bits_per_byte": total / math.log(2) / batches.num_bytes,
+        "loss": total / batches.num_targets,
+        "tokens": batches.num_targets,
+        "bytes": batches.num_bytes,
+    }
+
+
+@jax.jit
+def summed_loss(model: Model, tokens_BS, mask_BT, segments_BS=None) -> jax.Array:
+    """Sum of -log p over the targets where the mask is True, nats."""
+    segments_BT = None if segments_BS is None else segments_BS[:, :-1]
+    hidden_BTD, _ = model.hidden(tokens_BS[:, :-1], segments_BT=segments_BT)
+    weight_BT = mask_BT.astype(jnp.float32)
+    return cross_entropy(hidden_BTD, model.head_VD[...], tokens_BS[:, 1:], weight_BT)
+
+
+def compressors(text: bytes) -> dict[str, float]:
+    """Bits per byte of gzip -9 and xz -9 on the same bytes."""
+    return {
+        "gzip_bits_per_byte": 8 * len(gzip.compress(text, 9)) / len(text),
+        "xz_bits_per_byte": 8 * len(lzma.compress(text, preset=9)) / len(text),
+    }

@@ -1,0 +1,261 @@
+"""The training loop: batches in, metrics and checkpoints out, stopped and resumed exactly."""
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from deepseek_jax.checkpoint import Checkpoints
+from deepseek_jax.config import ModelConfig, Run
+from deepseek_jax.counts import train_flops_per_token
+from deepseek_jax.training import TrainState, init_state, make_train_step, parameter_names
+from experiments.data.batches import BatchSource, prefetch
+from experiments.display import TrainingDisplay
+from experiments.run_directory import MetricsLog, RunDirectory
+from sharding.hardware import peak_flops
+
+# Elements of expert load written per step: large models write theirs every so many steps only.
+LOAD_ELEMENTS = 4096
+
+
+class Stopped(Exception):
+    """The run was asked to stop by a signal and has saved its state."""
+
+    def __init__(self, signum: int, step: int):
+        super().__init__(f"stopped after step {step}")
+        self.signum, self.step = signum, step
+
+
+def train(
+    run: Run,
+    directory: RunDirectory,
+    source: BatchSource,
+    display: TrainingDisplay,
+    *,
+    bytes_per_token: float,
+    header: list[tuple[str, Any]],
+    profile: tuple[int, int] | None = None,
+) -> TrainState:
+    """Trains from the last complete checkpoint, or from the start, to run.steps.
+
+    Raises:
+      Stopped: after SIGINT or SIGTERM, with the state saved.
+      ValueError: max_skipped steps in a row were not finite; names the first bad tensor.
+    """
+    checkpoints = Checkpoints(directory.checkpoints, keep=run.keep_checkpoints)
+    state = init_state(run) if checkpoints.latest is None else checkpoints.restore(run)
+    begin = int(state.step)
+    if begin >= run.steps:
+        display.start(header)
+        display.say(f"all {run.steps} steps are done")
+        checkpoints.close()
+        return state
+    names = parameter_names(state.params)
+    plans = plan_batches(run, begin)
+    batches = prefetch(lambda plan: make_batch(run, source, *plan), plans)
+    step_of = CompiledSteps(run, state)
+    first = next(batches)
+    memory = step_of.memory(first)
+    display.start([*header, ("memory", f"{memory / 2**30:.2f} GiB planned for the step")])
+    measure = Measure(run, bytes_per_token)
+    log = MetricsLog(directory.metrics, resume_step=begin)
+    events = open_events(directory.events, begin)
+    saved, done = begin, begin
+    pending = None  # metrics of the step that is running, read while the next one is under way
+    with contextlib.ExitStack() as stack, StopSignals() as signals:
+        stack.callback(checkpoints.close)
+        stack.callback(log.close)
+        stack.callback(events.close)
+        stack.callback(batches.close)
+        stack.callback(display.stop)
+        measure.start()
+        for batch in chain(first, batches):
+            if profile is not None and done == profile[0]:
+                jax.profiler.start_trace(str(directory.path / "profile"))
+            state, metrics = step_of(state, batch)
+            done += 1
+            if profile is not None and done == profile[1]:
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
+            if pending is not None:
+                report(pending, measure, log, events, display, run, names)
+            pending = (done, batch["tokens"].shape, metrics)
+            due = done % run.checkpoint_every == 0 or done == run.steps
+            if due or signals.received:
+                report(pending, measure, log, events, display, run, names)
+                pending = None
+                checkpoints.save(done, state)
+                saved = done
+            if signals.received:
+                checkpoints.wait()
+                raise Stopped(signals.received, saved)
+        checkpoints.wait()
+    return state
+
+
+def plan_batches(run: Run, begin: int) -> Iterator[tuple[int, int]]:
+    """(first sequence, micro-batches) of every step from `begin` on."""
+    position = run.position_at(begin)
+    for _ in range(begin, run.steps):
+        accumulation = run.accumulation_at(position * run.seq_len)
+        yield position, accumulation
+        position += accumulation * run.micro_batch
+
+
+def make_batch(
+    run: Run, source: BatchSource, position: int, accumulation: int
+) -> dict[str, np.ndarray]:
+    """The batch of a step, [accumulation, B, T + 1]; sequences are taken in order."""
+    sequences = source.sequences(position, accumulation * run.micro_batch)
+    shape = (accumulation, run.micro_batch, run.seq_len + 1)
+    return {name: array.reshape(shape) for name, array in sequences.items()}
+
+
+class CompiledSteps:
+    """The train step, compiled once for each number of micro-batches."""
+
+    def __init__(self, run: Run, state: TrainState):
+        self._step = make_train_step(run)
+        self._state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+        self._compiled: dict[tuple[int, ...], Any] = {}
+
+    def _for(self, batch):
+        shape = batch["tokens"].shape
+        if shape not in self._compiled:
+            self._compiled[shape] = self._step.lower(self._state, batch).compile()
+        return self._compiled[shape]
+
+    def __call__(self, state: TrainState, batch):
+        return self._for(batch)(state, batch)
+
+    def memory(self, batch) -> int:
+        """Bytes of device memory that the step needs: its state, batch and intermediate values."""
+        return planned_bytes(self._for(batch))
+
+
+def planned_bytes(compiled) -> int:
+    """Bytes a compiled program holds at once on a device, donated buffers counted once."""
+    sizes = compiled.memory_analysis()
+    total = (
+        sizes.argument_size_in_bytes
+        + sizes.output_size_in_bytes
+        - sizes.alias_size_in_bytes
+        + sizes.temp_size_in_bytes
+    )
+    return int(total)
+
+
+def report(pending, measure, log, events, display, run: Run, names: list[str]) -> None:
+    """Writes a finished step everywhere, and stops a run whose steps are no longer finite."""
+    step, shape, metrics = pending
+    metrics = jax.device_get(metrics)
+    entry = measure.entry(step, shape, metrics)
+    log.write(entry)
+    display.update(entry)
+    for name, value in entry.items():
+        if isinstance(value, float) and math.isfinite(value):
+            events.add_scalar(name, value, step)
+    if entry["skipped_in_row"] >= run.max_skipped:
+        bad = int(metrics["bad_tensor"])
+        where = f"the gradient of {names[bad]}" if bad >= 0 else "the loss"
+        raise ValueError(
+            f"{run.max_skipped} steps in a row were not finite, last at step {step}: {where} is "
+            "the first that is not; lower the learning rate, or look at the data of these steps"
+        )
+
+
+class Measure:
+    """Turns the device's metrics of a step into the line that is logged."""
+
+    def __init__(self, run: Run, bytes_per_token: float):
+        self._run = run
+        self._bytes_per_token = bytes_per_token
+        peak = peak_flops(jax.devices()[0].device_kind)
+        self._peak = peak and peak * len(jax.devices()[:1])
+        self._flops = {
+            name: train_flops_per_token(run.config, run.seq_len, causal=causal, mtp=True)
+            for name, causal in (("mfu_causal", True), ("mfu_full", False))
+        }
+        self._last = time.perf_counter()
+
+    def start(self) -> None:
+        """The clock of the first step begins."""
+        self._last = time.perf_counter()
+
+    def entry(self, step: int, shape: tuple[int, ...], metrics: dict[str, Any]) -> dict[str, Any]:
+        """Scalars of the step, expert load over its mean, and how fast it went."""
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        counts_LE = metrics.pop("expert_counts_LE").astype(np.float64)
+        load_LE = counts_LE / np.maximum(counts_LE.mean(axis=-1, keepdims=True), 1e-9)
+        entry = {"step": step}
+        entry |= {name: value.item() for name, value in metrics.items() if name != "bad_tensor"}
+        entry["bits_per_byte"] = entry["loss"] / math.log(2) / self._bytes_per_token
+        entry["busiest_over_mean"] = float(load_LE.max()) if load_LE.size else None
+        if step % max(1, load_LE.size // LOAD_ELEMENTS) == 0:
+            entry["expert_load_LE"] = np.round(load_LE, 4).tolist()
+        rate = shape[0] * shape[1] * (shape[2] - 1) / seconds
+        entry |= {"seconds": seconds, "tokens_per_second": rate}
+        for name, flops in self._flops.items():
+            entry[name] = rate * flops / self._peak if self._peak else None
+        return entry
+
+
+class StopSignals:
+    """Notes SIGINT and SIGTERM instead of dying of them; a second one kills as usual."""
+
+    def __init__(self):
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self._before[signum] = signal.signal(signum, self._note)
+        return self
+
+    def _note(self, signum, frame) -> None:
+        self.received = signum
+        signal.signal(signum, self._before[signum])
+
+    def __exit__(self, *exception) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+
+class NoEvents:
+    """Stands in for the TensorBoard writer where tensorboardX is not installed."""
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def open_events(path: Path, step: int):
+    """A TensorBoard writer that drops what an earlier process wrote after `step`."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        return NoEvents()
+    return SummaryWriter(str(path), purge_step=step + 1 if step else None)
+
+
+def chain(first, rest):
+    yield first
+    yield from rest
+
+
+def model_summary(config: ModelConfig) -> str:
+    """The sizes of a model in a few words."""
+    experts = f"{config.num_experts} experts, {config.experts_per_token} a token"
+    return (
+        f"{config.num_layers} layers ({config.num_dense_layers} dense), width "
+        f"{config.model_dim}, {experts}, MTP depth {config.num_mtp}"
+    )
