@@ -1,8 +1,11 @@
-"""What the ops share about their target: which device the traced program is for."""
+"""What all Hopper kernels share: the target device, the launch, shared-memory layouts, versions."""
 
+import functools
 from typing import NamedTuple
 
 import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
 
 
 class Target(NamedTuple):
@@ -30,3 +33,62 @@ def target() -> Target:
     if default is None or isinstance(default, str):
         default = jax.devices(default)[0]
     return Target(default.platform, default.device_kind, getattr(default, "core_count", None))
+
+
+def require_hopper(op: str) -> int:
+    """Number of SMs of the target; an error that names the device if it is not a Hopper GPU."""
+    device = target()
+    if not device.is_hopper:
+        raise NotImplementedError(
+            f"{op} has a kernel for Hopper GPUs (H100, H200), not for {device.kind} "
+            f"({device.platform}): use implementation='reference'"
+        )
+    return device.cores
+
+
+def swizzled(columns: int, dtype: jnp.dtype) -> tuple:
+    """Layout in shared memory of rows of `columns` elements as TMA writes and WGMMA reads them."""
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = next(size for size in (128, 64, 32) if columns * itemsize % size == 0)
+    return (plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle))
+
+
+def transpose(ref):
+    """View of a two-dimensional reference with its dimensions exchanged."""
+    return ref.transpose((1, 0)) if hasattr(ref, "transpose") else plgpu.transpose_ref(ref, (1, 0))
+
+
+def load(ref, layout):
+    """The whole reference in registers, in the given layout."""
+    if jax.__version_info__ < (0, 11):
+        return plgpu.load(ref, (), layout=layout)
+    return plgpu.load(ref, layout=layout)
+
+
+def compute_registers(warpgroups: int, memory_registers: int) -> int:
+    """Registers of a compute warpgroup's thread beside one memory warpgroup.
+
+    A block owns what it was launched with; asking for more than that never returns.
+    """
+    total = warpgroups + 1
+    pool = 65536 // (128 * total) // 8 * 8 * total
+    return min(240, (pool - memory_registers) // warpgroups // 8 * 8)
+
+
+def varying_like(operand, array):
+    """The array, varying over the same mesh axes as an operand: kernels' outputs do not say so."""
+    axes = tuple(jax.typeof(operand).manual_axis_type.varying)
+    return jax.lax.pcast(array, axes, to="varying") if axes else array
+
+
+def launch(body, *, name, interpret=None, **kernel_args):
+    """`plgpu.kernel` with the semantics our kernels are written for: one thread of control per
+    warpgroup, barriers placed by hand."""
+    params = plgpu.CompilerParams(
+        lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=interpret is None
+    )
+    extra = {} if interpret is None else {"interpret": interpret}
+    # The name under which profiles and programs list the kernel.
+    body = functools.partial(body)
+    body.__name__ = name
+    return plgpu.kernel(body, compiler_params=params, **kernel_args, **extra)

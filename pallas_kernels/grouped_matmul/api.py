@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.grouped_matmul import reference
+from pallas_kernels import mosaic
+from pallas_kernels.grouped_matmul import hopper, reference
 
 IMPLEMENTATIONS = (None, "reference", "hopper")
 
@@ -34,17 +35,40 @@ def grouped_matmul(
     Args:
       group_sizes_G: real rows of each group; the padded sizes must sum to at most M.
       alignment: rows of a block; the kernel wants a multiple of 128.
-      implementation: "reference", "hopper", or None for the best one on the target device.
+      implementation: "reference", "hopper", or None: the kernel for BF16 on Hopper, else the
+        reference.
     """
     _check(x_MK, w_GNK, group_sizes_G, alignment)
-    return _grouped_matmul(x_MK, w_GNK, group_sizes_G, alignment, choose(implementation, alignment))
+    implementation = choose(implementation, x_MK.dtype)
+    if implementation == "hopper":
+        _check_hopper(x_MK, w_GNK, alignment)
+    return _grouped_matmul(x_MK, w_GNK, group_sizes_G, alignment, implementation)
 
 
-def choose(implementation: str | None, alignment: int) -> str:
+def choose(implementation: str | None, dtype: jnp.dtype) -> str:
     """The implementation to run on the target device."""
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"{implementation=} must be one of {IMPLEMENTATIONS}")
-    return implementation or "reference"
+    if implementation is None:
+        return "hopper" if dtype == jnp.bfloat16 and mosaic.target().is_hopper else "reference"
+    return implementation
+
+
+def _check_hopper(x_MK, w_GNK, alignment):
+    mosaic.require_hopper("grouped_matmul")
+    if x_MK.dtype != jnp.bfloat16:
+        raise NotImplementedError(
+            f"the kernel takes bfloat16 rows, not {x_MK.dtype}: use implementation='reference'"
+        )
+    if alignment % hopper.ROWS:
+        raise NotImplementedError(
+            f"the kernel needs {alignment=} to be a multiple of {hopper.ROWS}"
+        )
+    if w_GNK.shape[1] % hopper.DEPTH or w_GNK.shape[2] % hopper.DEPTH:
+        raise NotImplementedError(
+            f"the kernel needs N={w_GNK.shape[1]} and K={w_GNK.shape[2]} to be multiples of "
+            f"{hopper.DEPTH}: use implementation='reference'"
+        )
 
 
 def _check(x_MK, w_GNK, group_sizes_G, alignment):
@@ -91,9 +115,7 @@ def _forward(x_MK, w_GNK, group_sizes_G, alignment, implementation):
 def _backward(alignment, implementation, saved, dy_MN):
     x_MK, w_GNK, group_sizes_G = saved
     dx_MK = _by_rows(dy_MN, w_GNK, group_sizes_G, alignment, implementation, contract_last=False)
-    dw_GNK = reference.by_contraction(
-        dy_MN, x_MK, group_sizes_G, alignment=alignment, out_dtype=w_GNK.dtype
-    )
+    dw_GNK = _by_contraction(dy_MN, x_MK, group_sizes_G, alignment, implementation, w_GNK.dtype)
     return dx_MK, dw_GNK, None
 
 
@@ -102,6 +124,32 @@ _grouped_matmul.defvjp(_forward, _backward)
 
 def _by_rows(x, w_GNK, group_sizes_G, alignment, implementation, *, contract_last):
     w_GNK = w_GNK.astype(x.dtype)
+    if implementation == "hopper":
+        return hopper.by_rows(
+            x,
+            w_GNK,
+            group_sizes_G,
+            alignment=alignment,
+            contract_last=contract_last,
+            tiles=hopper.tiles_by_rows(w_GNK.shape[1 if contract_last else 2]),
+            cores=mosaic.target().cores,
+        )
     return reference.by_rows(
         x, w_GNK, group_sizes_G, alignment=alignment, contract_last=contract_last
+    )
+
+
+def _by_contraction(y_MN, x_MK, group_sizes_G, alignment, implementation, out_dtype):
+    if implementation == "hopper":
+        w_GNK = hopper.by_contraction(
+            y_MN,
+            x_MK,
+            group_sizes_G,
+            alignment=alignment,
+            tiles=hopper.tiles_by_contraction(x_MK.shape[1]),
+            cores=mosaic.target().cores,
+        )
+        return w_GNK.astype(out_dtype)
+    return reference.by_contraction(
+        y_MN, x_MK, group_sizes_G, alignment=alignment, out_dtype=out_dtype
     )

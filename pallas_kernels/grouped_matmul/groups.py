@@ -16,11 +16,11 @@ def group_starts(group_sizes_G: Int32[Array, "G"], alignment: int) -> Int32[Arra
 
 
 def group_of_block(
-    group_sizes_G: Int32[Array, "G"], *, num_blocks: int, alignment: int
+    group_sizes_G: Int32[Array, "G"], *, num_blocks: int, alignment: int, block: int | None = None
 ) -> Int32[Array, "num_blocks"]:
-    """Group of each block of `alignment` rows; G for the unused blocks at the end."""
+    """Group of each block of `block` (or `alignment`) rows; G for the unused blocks at the end."""
     ends_G = jnp.cumsum(padded_sizes(group_sizes_G, alignment), dtype=jnp.int32)
-    first_row = jnp.arange(num_blocks, dtype=jnp.int32) * alignment
+    first_row = jnp.arange(num_blocks, dtype=jnp.int32) * (block or alignment)
     return jnp.searchsorted(ends_G, first_row, side="right").astype(jnp.int32)
 
 
