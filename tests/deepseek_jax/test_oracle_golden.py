@@ -62,8 +62,8 @@ def test_golden_notices_rejected_groups_masked_with_zero(
 @pytest.mark.parametrize(
     "change",
     [
-        {"yarn": None},
-        {"norm_eps": 1e-6},
+        pytest.param({"yarn": None}, marks=pytest.mark.slow),
+        pytest.param({"norm_eps": 1e-6}, marks=pytest.mark.slow),
         {"latent_norm_eps": 1e-3},
     ],
     ids=lambda change: next(iter(change)),
