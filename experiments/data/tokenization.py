@@ -1,6 +1,7 @@
 """Tokenises a corpus once, on all cores, into a folder of shards: whole or not at all.
 
 The folder is written beside its place and renamed into it, so a folder of that name is complete.
+A killed process leaves a hidden folder .NAME.partial-* behind, which nothing reads.
 """
 
 import json

@@ -105,6 +105,13 @@ def forget(path):
     path.write_text(json.dumps(meta))
 
 
+def claim_nothing(path):
+    meta = json.loads(path.read_text())
+    meta["train"]["files"][0]["tokens"] = 0
+    path.write_text(json.dumps(meta))
+    (path.parent / "train-00000.bin").write_bytes(b"")
+
+
 def shuffle_ends(path):
     np.fromfile(path, "<i8")[::-1].tofile(path)
 
@@ -118,6 +125,7 @@ DAMAGE = {
     "no-meta": (META, lambda path: path.unlink(), "no shards.json there"),
     "meta-is-a-list": (META, lambda path: path.write_text("[]"), "damaged"),
     "meta-without-count": (META, forget, "'tokens' is missing"),
+    "nothing-claimed": (META, claim_nothing, "0 bytes"),
     "other-format": (META, edit("format", "tokens 7"), "format 'tokens 7'"),
     "other-dtype": (META, edit("dtype", "int8"), "dtype 'int8'"),
     "other-eos": (META, edit("eos", 17), "not with eos 17"),
