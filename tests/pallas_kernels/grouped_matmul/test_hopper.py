@@ -88,8 +88,9 @@ def test_odd_tiles_are_refused():
 def test_unsupported_shapes_are_refused(rows, n, k, alignment, message):
     mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=HOPPER)
     x_MK, w_GNK = jnp.zeros((rows, k), jnp.bfloat16), jnp.zeros((1, n, k), jnp.bfloat16)
+    sizes_G = jnp.array([3], jnp.int32)
     with jax.sharding.use_abstract_mesh(mesh), pytest.raises(NotImplementedError, match=message):
-        grouped_matmul(x_MK, w_GNK, jnp.array([3], jnp.int32), alignment=alignment)
+        grouped_matmul(x_MK, w_GNK, sizes_G, alignment=alignment)
 
 
 def test_other_devices_are_refused():
