@@ -24,6 +24,12 @@ COMMANDS = {
         "bits per byte of a run on its validation text, or on other text",
         "runs/first --data README.md",
     ),
+    "bench train": Command(
+        "experiments.bench.train",
+        "bench_train",
+        "tokens/s, TFLOP/s and memory of a recipe's train step",
+        "peer --precision bf16",
+    ),
     "report": Command(
         "experiments.report",
         "report",
