@@ -1,10 +1,10 @@
 """Main loop of the block-scaled FP8 products on Hopper: 1 x 128 tiles times 128 x 128 blocks.
 
 One memory warpgroup fills a ring of stages by TMA, running ahead across output tiles; each compute
-warpgroup owns 64 rows, multiplies 128 of the contraction into fresh registers and adds them, scaled,
-to FP32 sums (promotion). The warpgroups are not ordered against each other, so one's promotion
-hides behind the others' WGMMAs; three of them hide it best. Pairs of blocks along the columns share
-the row operand by multicast.
+warpgroup owns 64 rows, multiplies 128 of the contraction into fresh registers and adds the scaled
+product to FP32 sums (promotion). The warpgroups are not ordered against each other, so one's
+promotion hides behind the others' WGMMAs; three of them hide it best. Pairs of blocks along the
+columns share the row operand by multicast.
 """
 
 import dataclasses
@@ -196,8 +196,8 @@ def matmul(
     """sum over blocks k of 128 of a_scale[k, m] b_scale[n, k] (a block . b block).
 
     With a table (rows, groups, ends of the row tiles and their number) `b` and its scales have a
-    leading dimension of groups. TMA wants rows of `a_scale_kM` to be multiples of 4, and Mosaic rows
-    of `b_scale_nk` to be multiples of 32: what is added at their ends is not read.
+    leading dimension of groups. TMA wants rows of `a_scale_kM` to be multiples of 4 and Mosaic
+    those of `b_scale_nk` of 32: what is added at their ends is not read.
     """
     num_rows, k = a_MK.shape
     n = b_NK.shape[-2]

@@ -1,8 +1,8 @@
 """Main loop of the FP8 weight gradients on Hopper: 1 x 128 tiles on both sides, FP32 out.
 
-w[g] = sum over the tokens m of group g of outer(y[:, m], x[:, m]). Both operands come transposed, with
-tokens contiguous, since FP8 WGMMA contracts the last dimension only; a tile of 128 tokens has one
-scale per row of y and one per row of x. The structure is that of block_scaled.py, with two compute
+w[g] = sum over the tokens m of group g of outer(y[:, m], x[:, m]). Both operands come transposed,
+with tokens contiguous, since FP8 WGMMA contracts the last dimension only; a tile of 128 tokens has
+one scale per row of y and one per row of x. The structure is that of block_scaled.py, with two compute
 warpgroups: the column scales take 32 more registers.
 """
 
