@@ -95,7 +95,7 @@ def _axes(entry: PartitionSpec) -> list[str]:
 
 
 def _vary(x: jax.Array, axes: set[str]) -> jax.Array:
-    missing = tuple(sorted(axes - jax.typeof(x).vma))
+    missing = tuple(sorted(axes - jax.typeof(x).manual_axis_type.varying))
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
