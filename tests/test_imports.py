@@ -118,7 +118,7 @@ def test_op_files_import_api_then_kernels_then_mosaic(path):
     op, level = path.parent.name, LEVEL.get(path.stem, 0)
     for module in imports_of(path) - {"pallas_kernels.__init__"}:
         _, *parts = module.split(".")
-        if parts == ["mosaic"]:
+        if len(parts) == 1:
             assert path.stem != "reference", "a reference imports nothing of the kernels' machinery"
         elif parts[0] == op:
             imported = LEVEL.get(parts[-1], 0)

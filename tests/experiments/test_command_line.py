@@ -1,6 +1,7 @@
 """The command line: what it calls, what it teaches, and how it says no."""
 
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -184,7 +185,7 @@ def test_every_command_of_ours_takes_one_frozen_dataclass_that_explains_itself(n
 @pytest.mark.parametrize("name", __main__.COMMANDS)
 def test_every_command_of_ours_accepts_the_words_of_its_example(name):
     command = __main__.COMMANDS[name]
-    command_line.parse(command_line.load(command), command.example.split(), name)
+    command_line.parse(command_line.load(command), shlex.split(command.example), name)
 
 
 def test_a_reader_that_goes_away_is_no_error(root):
