@@ -194,7 +194,7 @@ class Schedule:
         value = xp.asarray(self.phases[0].start, xp.float32)
         begin = 0.0
         for phase in self.phases:
-            done = xp.clip((tokens - begin) / max(phase.tokens, 1.0), 0.0, 1.0)
+            done = xp.clip((tokens - begin) / max(float(phase.tokens), 1.0), 0.0, 1.0)
             if phase.shape == "cosine":
                 done = (1.0 - xp.cos(np.pi * done)) / 2.0
             # The convex form hits both ends exactly.
