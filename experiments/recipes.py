@@ -84,7 +84,7 @@ def deepseek_v3(steps: int | None = None) -> Run:
     warmup = tokens_after(2000, batch_size, seq_len=seq_len, multiple=first)
     return Run(
         config=dataclasses.replace(configs.deepseek_v3(), yarn=None, max_length=4096),
-        steps=steps or 233_000,
+        steps=steps or 247_199,
         seq_len=seq_len,
         micro_batch=first,
         batch_size=batch_size,
