@@ -152,6 +152,9 @@ def run_experts(
 
     The routing weight is multiplied into the SwiGLU output, so combine is a plain sum.
     """
+    if w_gate_EFD.shape[0] < num_experts:
+        axis = num_experts // w_gate_EFD.shape[0]
+        raise NotImplementedError(f"mesh axis expert={axis} is not available yet: use expert=1")
     B, T, D = x_BTD.shape
     K = expert_BTK.shape[-1]
     alignment = row_alignment(B * T * K, num_experts)
