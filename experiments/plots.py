@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 # Stand-ins, told apart by matplotlib and replaced in its SVG.
 INK, MUTED, GRID, FIRST, SECOND = "#010101", "#020202", "#030303", "#040404", "#050505"
@@ -28,7 +29,7 @@ class Curve(NamedTuple):
     """A quantity over the steps of a run; values that are not finite are left out."""
 
     label: str
-    values: Sequence[float]
+    values: ArrayLike
     colour: str = FIRST
 
 
@@ -51,16 +52,8 @@ def curves(
             axes.plot(x, y, color=line.colour, alpha=0.25, linewidth=0.8)
             x, y = thinned(steps, smooth(values))
         axes.plot(x, y, color=line.colour, linewidth=1.6, label=line.label)
-        # The name of the curve stands where its end is, so there is no legend to look up.
-        if len(lines) > 1:
-            axes.annotate(
-                line.label,
-                (x[-1], y[-1]),
-                xytext=(-2, 7),
-                textcoords="offset points",
-                ha="right",
-                color=line.colour,
-            )
+    if len(lines) > 1 and axes.lines:
+        axes.legend(frameon=False, labelcolor="linecolor", loc="upper right", handlelength=1.2)
     if log:
         logarithmic(axes)
     elif zero:
@@ -88,12 +81,12 @@ def colours(load: np.ndarray) -> np.ndarray:
     """RGBA of a load over its mean: deeper with the distance from 1, full at 0 and from 2 on."""
     distance = np.clip(np.nan_to_num(load, nan=1.0) - 1, -1, 1)
     rgba = np.empty((*load.shape, 4), np.uint8)
-    rgba[..., :3] = np.where(distance[..., None] < 0, np.uint8(BELOW), np.uint8(ABOVE))
+    rgba[..., :3] = np.where(distance[..., None] < 0, BELOW, ABOVE)
     rgba[..., 3] = np.round(255 * np.abs(distance))
     return rgba
 
 
-def smooth(values: Sequence[float], half: int | None = None) -> np.ndarray:
+def smooth(values: ArrayLike, half: int | None = None) -> np.ndarray:
     """The mean over `half` steps to either side (a sixtieth of all), finite values only.
 
     Near the first step the window shrinks, so that the fall of the loss begins where it began.
@@ -110,16 +103,16 @@ def smooth(values: Sequence[float], half: int | None = None) -> np.ndarray:
     return np.where(count > 0, (sums[high] - sums[low]) / np.maximum(count, 1), np.nan)
 
 
-def thinned(steps: Sequence[int], values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def thinned(steps: ArrayLike, values: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """At most POINTS points of a curve, each the mean of its finite neighbours."""
-    steps, values = np.asarray(steps, np.float64), np.asarray(values, np.float64)
-    finite = np.isfinite(values)
-    steps, values = steps[finite], values[finite]
-    if len(values) <= POINTS:
-        return steps, values
-    starts = np.linspace(0, len(values), POINTS, endpoint=False).astype(int)
-    counts = np.diff([*starts, len(values)])
-    return np.add.reduceat(steps, starts) / counts, np.add.reduceat(values, starts) / counts
+    x, y = np.asarray(steps, np.float64), np.asarray(values, np.float64)
+    finite = np.isfinite(y)
+    x, y = x[finite], y[finite]
+    if len(y) <= POINTS:
+        return x, y
+    starts = np.linspace(0, len(y), POINTS, endpoint=False).astype(int)
+    counts = np.diff([*starts, len(y)])
+    return np.add.reduceat(x, starts) / counts, np.add.reduceat(y, starts) / counts
 
 
 def new_figure(height: float = HEIGHT) -> tuple[Any, Any]:

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ def metrics_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
-def floats(values: Iterator[float | None]) -> np.ndarray:
+def floats(values: Iterable[float | None]) -> np.ndarray:
     """An array with not-a-number where a value is unknown."""
     return np.asarray([math.nan if v is None else float(v) for v in values], np.float64)
 
@@ -179,14 +179,14 @@ def compression(records: Records) -> str:
     if records.summary is None:
         return ""
     bars = [
-        (name, records.summary.get(key), kind)
+        (name, records.summary[key], kind)
         for name, key, kind in (
             ("this model", "val_bits_per_byte", "ours"),
             ("xz -9", "xz_bits_per_byte", "theirs"),
             ("gzip -9", "gzip_bits_per_byte", "theirs"),
         )
+        if records.summary.get(key) is not None
     ]
-    bars = [bar for bar in bars if bar[1] is not None]
     if not bars:
         return ""
     longest = max(value for _, value, _ in bars)
@@ -305,7 +305,13 @@ def words(value: Any) -> str:
         return {True: "yes", False: "no", None: "none"}[value]
     if isinstance(value, int):
         return f"{value:,}"
-    return value if isinstance(value, str) else json.dumps(value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {words(item)}" for key, item in value.items())
+    if isinstance(value, float):
+        return f"{value:,.10g}"
+    if isinstance(value, list):
+        return "; ".join(map(words, value)) or "none"
+    return str(value)
 
 
 def section(title: str, body: str) -> str:
