@@ -37,8 +37,8 @@ TINY = ds.ModelConfig(
 # One MTP module less to compile.
 ONE_MTP = dataclasses.replace(TINY, num_mtp=1)
 
-# Compiling is nearly all the time that such small programs take; this halves it.
-QUICK = {"xla_backend_optimization_level": 0}
+# Compiling is nearly all the time that such small programs take; this leaves a quarter of it.
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
 def make_run(config=TINY, *, batch=4, **changes):
