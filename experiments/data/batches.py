@@ -23,12 +23,14 @@ END = object()
 
 
 class BatchSource:
-    """The training stream cut into sequences, without end.
+    """The training stream cut into windows, which are dealt out in a random order, without end.
 
-    Sequence i holds tokens [i T, i T + T] of the stream, T + 1 of them: the last, which is only
-    predicted, is the first input of sequence i + 1. So each token is predicted once and none is
-    dropped; a sequence goes on into the next document, and into the next epoch. With `segments`,
-    equal numbers mark one document, counted from 0 in each sequence.
+    Window w holds tokens [w T, w T + T] of the stream, T + 1 of them: the last, which is only
+    predicted, is the first input of window w + 1. So each token is predicted once and none is
+    dropped; a window goes on into the next document, and into the next epoch. Sequences are the
+    windows of an epoch's length, shuffled, then those of the next: neighbouring windows of one
+    document in one batch would teach little. With `segments`, equal numbers mark one document,
+    counted from 0 in each sequence.
 
     Args:
       fim_rate: share of documents filled in the middle, in each epoch another choice.
@@ -55,19 +57,33 @@ class BatchSource:
             raise ValueError("the shards hold no training documents; give data to train on")
         self.seq_len = seq_len
         self.segments = segments
+        self.seed = seed
         self._packing = Packing(shards.train, seed=seed, fim=shards.fim, fim_rate=fim_rate)
+        self._per_shuffle = max(1, self._packing.epoch_start(1) // seq_len)
 
     def sequences(self, start: int, count: int) -> dict[str, np.ndarray]:
         """Sequences start, ..., start + count - 1."""
         if start < 0 or count < 1:
             raise ValueError(f"{start=} must be at least 0 and {count=} at least 1")
-        first = start * self.seq_len
-        tokens_P, segments_P = self._packing.read(first, first + count * self.seq_len + 1)
-        batch = {"tokens": _windows(tokens_P, self.seq_len, self.seq_len)}
-        if self.segments:
-            batch["segments"] = _windows(segments_P, self.seq_len, self.seq_len)
-            batch["segments"] -= batch["segments"][:, :1]
-        return batch
+        tokens_BT = np.empty((count, self.seq_len + 1), np.int32)
+        segments_BT = np.empty_like(tokens_BT)
+        for row, window in enumerate(self.windows(start, count)):
+            first = int(window) * self.seq_len
+            tokens_BT[row], segments_BT[row] = self._packing.read(first, first + self.seq_len + 1)
+        if not self.segments:
+            return {"tokens": tokens_BT}
+        return {"tokens": tokens_BT, "segments": segments_BT - segments_BT[:, :1]}
+
+    def windows(self, start: int, count: int) -> np.ndarray:
+        """The windows of the stream that sequences start, ..., start + count - 1 hold."""
+        numbers = np.arange(start, start + count, dtype=np.int64)
+        rounds, within = np.divmod(numbers, self._per_shuffle)
+        windows = np.empty_like(numbers)
+        for turn in np.unique(rounds):
+            here = rounds == turn
+            shuffled = permute(within[here], self._per_shuffle, (self.seed, int(turn)))
+            windows[here] = turn * self._per_shuffle + shuffled
+        return windows
 
     def epochs_seen(self, num_sequences: int) -> float:
         """How often the corpus has been gone through after so many sequences."""
@@ -143,6 +159,31 @@ class ValidationBatches(Sequence):
             batch["segments"] = _windows(segments_P.astype(np.int32), self.seq_len, stride)
             batch["segments"] -= batch["segments"][:, :1]
         return batch
+
+
+def permute(numbers: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
+    """Where a random permutation of range(size) takes each number, without listing all of it.
+
+    A Feistel network permutes the next power of four; numbers that fall outside go through it
+    again until they come back inside.
+    """
+    half = np.uint64(max(1, -(-(size - 1).bit_length() // 2)))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    keys = np.random.SeedSequence(key).generate_state(6, np.uint64)
+
+    def once(values):
+        left, right = values >> half, values & mask
+        for round_key in keys:
+            mixed = (right ^ round_key) * np.uint64(0x9E3779B97F4A7C15)
+            mixed ^= mixed >> np.uint64(29)
+            mixed = (mixed * np.uint64(0xBF58476D1CE4E5B9)) >> np.uint64(32)
+            left, right = right, left ^ (mixed & mask)
+        return (left << half) | right
+
+    values = once(numbers.astype(np.uint64))
+    while (outside := values >= np.uint64(size)).any():
+        values[outside] = once(values[outside])
+    return values.astype(np.int64)
 
 
 def prefetch(

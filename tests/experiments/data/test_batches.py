@@ -7,19 +7,51 @@ import numpy as np
 import pytest
 
 from experiments import data
+from experiments.data import batches
 
 LENGTHS = [5, 0, 1, 30, 2, 2, 17, 9, 1, 100, 4, 3]
 
 
 def stream_of(source, num_sequences):
     """The stream that sequences are cut from, put together again."""
-    tokens_BT = source.sequences(0, num_sequences)["tokens"]
+    order = np.argsort(source.windows(0, num_sequences))
+    tokens_BT = source.sequences(0, num_sequences)["tokens"][order]
     return np.append(tokens_BT[:, :-1].ravel(), tokens_BT[-1, -1])
 
 
-def test_the_last_target_is_the_next_first_input(numbered):
-    tokens_BT = data.BatchSource(numbered(LENGTHS), seq_len=16, seed=0).sequences(0, 40)["tokens"]
-    assert tokens_BT.shape == (40, 17) and tokens_BT.dtype == np.int32
+def shuffle_length(source):
+    """Windows that are shuffled together: as many as one epoch has."""
+    return next(n for n in range(1, 10_000) if set(source.windows(0, n)) == set(range(n)))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 16, 17, 1000])
+def test_a_permutation_takes_every_number_once_and_differs_by_key(size):
+    numbers = np.arange(size)
+    first, second = (batches.permute(numbers, size, (0, turn)) for turn in (0, 1))
+    np.testing.assert_array_equal(np.sort(first), numbers)
+    np.testing.assert_array_equal(np.sort(second), numbers)
+    if size > 16:
+        assert not np.array_equal(first, second)
+        # Neighbours are torn apart: a random permutation keeps about 2 of them together.
+        assert (np.abs(np.diff(first)) == 1).sum() < 0.02 * size + 3
+
+
+def test_every_window_of_an_epoch_is_dealt_out_once_before_the_next(numbered):
+    source = data.BatchSource(numbered([40, 30, 20, 80]), seq_len=8, seed=3)
+    length = shuffle_length(source)
+    assert length == (40 + 30 + 20 + 80 + 4) // 8
+    for turn in range(3):
+        windows = source.windows(turn * length, length)
+        assert set(windows) == set(range(turn * length, (turn + 1) * length))
+        assert not np.array_equal(windows, np.sort(windows))
+
+
+def test_the_last_target_is_the_next_windows_first_input(numbered):
+    source = data.BatchSource(numbered(LENGTHS), seq_len=16, seed=0)
+    count = 3 * shuffle_length(source)
+    tokens_BT = source.sequences(0, count)["tokens"]
+    assert tokens_BT.shape == (count, 17) and tokens_BT.dtype == np.int32
+    tokens_BT = tokens_BT[np.argsort(source.windows(0, count))]
     np.testing.assert_array_equal(tokens_BT[1:, 0], tokens_BT[:-1, -1])
 
 
@@ -72,7 +104,7 @@ def test_a_sequence_goes_on_into_the_next_epochs(numbered):
 
 def test_stored_documents_come_in_whole_and_end_with_eos(corpus, tokenizer, shards):
     source = data.BatchSource(shards, seq_len=64, seed=0, fim_rate=0)
-    num_sequences = shards.train.num_tokens // 64
+    num_sequences = shuffle_length(source)
     texts = tokenizer.decode(stream_of(source, num_sequences)).split(tokenizer.decode([0]))
     assert len(texts) > 30 and set(texts[:-1]) <= {text for _, text in corpus.train}
 
