@@ -41,8 +41,8 @@ class Tiles:
     def __post_init__(self):
         if self.warpgroups not in (1, 2, 3):
             raise ValueError(f"{self.warpgroups=} must be 1, 2 or 3")
-        if self.columns not in (32, 64, 128):
-            raise ValueError(f"{self.columns=} must divide a block of 128: 32, 64 or 128")
+        if self.columns not in (16, 32, 64, 128):
+            raise ValueError(f"{self.columns=} must divide a block of 128: 16, 32, 64 or 128")
         if self.columns % self.store_columns:
             raise ValueError(f"{self.columns=} must be divisible by {self.store_columns=}")
 
@@ -139,25 +139,23 @@ def _body(
             row = (table[0][tile] if grouped else tile * tiles.rows) + warpgroup * 64
             plgpu.barrier_wait(scales.at[scale])
 
-            def step(i, carry):
-                slot, total = carry
-                plgpu.barrier_wait(full.at[slot])
-                a_scale = mosaic.load(a_scale_smem.at[slot, own], plgpu.Layout.WGMMA.reduce(1))
-                factor = lax.broadcast_in_dim(a_scale * b_scale_smem[scale, i], shape, (0,))
+            def multiply(slot):
+                def step(i, carry):
+                    slot, total = carry
+                    plgpu.barrier_wait(full.at[slot])
+                    a_scale = mosaic.load(a_scale_smem.at[slot, own], plgpu.Layout.WGMMA.reduce(1))
+                    factor = lax.broadcast_in_dim(a_scale * b_scale_smem[scale, i], shape, (0,))
 
-                def multiply(acc):
-                    plgpu.wgmma(acc, a_smem.at[slot, own], mosaic.transpose(b_smem.at[slot]))
-                    part = plgpu.wgmma_accumulator_load(acc, wait_n=0)
-                    plgpu.barrier_arrive(free.at[slot])
-                    return total + part * factor
+                    def chunk(acc):
+                        plgpu.wgmma(acc, a_smem.at[slot, own], mosaic.transpose(b_smem.at[slot]))
+                        part = plgpu.wgmma_accumulator_load(acc, wait_n=0)
+                        plgpu.barrier_arrive(free.at[slot])
+                        return total + part * factor
 
-                total = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
-                return next_slot(slot), total
+                    return next_slot(slot), pl.run_scoped(chunk, plgpu.ACC(shape, jnp.float32))
 
-            zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
-            slot, total = lax.fori_loop(0, steps, step, (slot, zeros))
-
-            def store():
+                zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+                slot, total = lax.fori_loop(0, steps, step, (slot, zeros))
                 width = tiles.store_columns
                 for piece in range(tiles.columns // width):
                     buffer = out_smem.at[warpgroup, piece % tiles.store_buffers]
@@ -167,13 +165,20 @@ def _body(
                     plgpu.commit_smem()
                     columns = pl.ds(column * tiles.columns + piece * width, width)
                     plgpu.copy_smem_to_gmem(buffer, out_gmem.at[pl.ds(row, 64), columns])
+                return slot
 
-            # The last tile of a group may reach into the next group's rows.
-            if grouped:
-                pl.when(row < table[2][tile])(store)
-            else:
-                store()
-            return slot, next_scale(scale)
+            # The last tile of a group (or of the rows) may have fewer rows than it is high: a
+            # warpgroup without rows leaves the tensor cores to the others, and writes nothing.
+            def pass_by(slot):
+                def step(_, slot):
+                    plgpu.barrier_wait(full.at[slot])
+                    plgpu.barrier_arrive(free.at[slot])
+                    return next_slot(slot)
+
+                return lax.fori_loop(0, steps, step, slot)
+
+            end = table[2][tile] if grouped else num_rows
+            return lax.cond(row < end, multiply, pass_by, slot), next_scale(scale)
 
         plgpu.wait_smem_to_gmem(0)
 

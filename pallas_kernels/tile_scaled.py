@@ -2,8 +2,8 @@
 
 w[g] = sum over the tokens m of group g of outer(y[:, m], x[:, m]). Both operands come transposed,
 with tokens contiguous, since FP8 WGMMA contracts the last dimension only; a tile of 128 tokens has
-one scale per row of y and one per row of x. The structure is that of block_scaled.py, with two compute
-warpgroups: the column scales take 32 more registers.
+one scale per row of y and one per row of x. The structure is that of block_scaled.py; the column
+scales take columns / 4 more registers, so three compute warpgroups fit with 96 columns.
 """
 
 import dataclasses

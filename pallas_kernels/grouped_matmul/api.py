@@ -146,7 +146,7 @@ def _by_contraction(y_MN, x_MK, group_sizes_G, alignment, implementation, out_dt
             x_MK,
             group_sizes_G,
             alignment=alignment,
-            tiles=hopper.tiles_by_contraction(x_MK.shape[1]),
+            tiles=hopper.tiles_by_contraction(x_MK.shape[0], group_sizes_G.shape[0]),
             cores=mosaic.target().cores,
         )
         return w_GNK.astype(out_dtype)

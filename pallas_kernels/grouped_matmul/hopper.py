@@ -50,13 +50,27 @@ class Tiles:
 
 
 def tiles_by_rows(columns: int) -> Tiles:
-    """Tiles for an output of so many columns."""
-    return Tiles()
+    """Tiles for an output of so many columns.
+
+    Without pairs: best or within 2 % of the best of seven tiles on 8, 32 and 64 groups. Geometric
+    mean over torch's `_grouped_mm` 1.07 (H200, 32,768 rows, both orders of the weight).
+    """
+    return Tiles(pair=False)
 
 
-def tiles_by_contraction(columns: int) -> Tiles:
-    """Tiles for weight gradients of so many columns."""
-    return Tiles(store_columns=32)
+def tiles_by_contraction(rows: int, groups: int) -> Tiles:
+    """Tiles for weight gradients of so many groups.
+
+    TFLOP/s on an H200, the FP32 output included, beside torch's `_grouped_mm` with a BF16 one:
+      rows a group   output       3 stages, pairs   4 stages, no pairs   torch
+      4096           4096 x 7168  774               767                  762
+      4096           7168 x 2048  765               754                  747
+      1024           4096 x 7168  647               675                  714
+      1536           1408 x 2048  702               712                  661
+    """
+    if rows >= 2048 * groups:
+        return Tiles(stages=3, store_columns=32, store_buffers=4)
+    return Tiles(store_columns=32, pair=False)
 
 
 def _next(slot, stages):

@@ -1,0 +1,370 @@
+"""Quantisation on Hopper: one pass over tiles of 128 x 128, the transposed layout by WGMMA.
+
+Each block is one warpgroup that walks tiles on its own; several blocks share an SM, so that one's
+arithmetic hides behind another's loads and stores. A tile's transpose is its product with the
+identity: exact, it lands in registers with a row per channel, where a maximum over tokens costs
+two shuffles, and it leaves as FP8 without a single-byte store to shared memory.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import mosaic
+
+F8 = jnp.float8_e4m3fn
+BF16 = jnp.bfloat16
+TILE = 128
+# amax is floored here; 1 / 448 in FP32 times amax is the scale.
+AMAX_FLOOR = 1e-4
+INVERSE_MAX = 1 / 448
+WGMMA = plgpu.Layout.WGMMA
+BY_ROW, BY_COLUMN = WGMMA.reduce(1), WGMMA.reduce(0)
+HALVES = (pl.ds(0, 64), pl.ds(64, 64))
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Blocks on an SM, and tiles that each has in flight: 227 KiB of shared memory bound both."""
+
+    blocks: int = 2
+    stages: int = 1
+
+    def __post_init__(self):
+        if self.blocks < 1 or self.stages < 1:
+            raise ValueError(f"{self.blocks=} and {self.stages=} must be positive")
+
+
+def tiles_of(form: "Form") -> Tiles:
+    """As many blocks as fit: each has its input tiles, 16 KiB for each layout, and the identity."""
+    if form.inputs == 2:
+        return Tiles(blocks=2 if form.columns else 3)
+    return Tiles(blocks=3 if form.columns else 4)
+
+
+def _scale(amax, power_of_two):
+    """NaN where amax is not finite: it reaches every product of the tile."""
+    scale = jnp.maximum(amax, AMAX_FLOOR) * jnp.float32(INVERSE_MAX)
+    if power_of_two:
+        bits = lax.bitcast_convert_type(scale, jnp.int32)
+        scale = lax.bitcast_convert_type((bits + 0x7FFFFF) & ~0x7FFFFF, jnp.float32)
+    return jnp.where(amax < jnp.inf, scale, jnp.float32(jnp.nan))
+
+
+def _encode(x, axis, power_of_two):
+    """Codes of a piece in registers, and their scales: one for each index of `axis`."""
+    scale = _scale(jnp.max(jnp.abs(x), axis=1 - axis), power_of_two)
+    # The conversion saturates.
+    return (x * lax.broadcast_in_dim(1 / scale, x.shape, (axis,))).astype(F8), scale
+
+
+def _index(shape, axis):
+    return plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, shape, axis), WGMMA)
+
+
+def _identity():
+    row, column = _index((64, 64), 0), _index((64, 64), 1)
+    return jnp.where(row == column, jnp.float32(1), jnp.float32(0)).astype(BF16)
+
+
+def _transposed(tile_smem, half, identity_smem):
+    """64 columns of a BF16 tile [128, 128] as [64, 128] in FP32 registers."""
+
+    def multiply(acc):
+        for rows in HALVES:
+            plgpu.wgmma(acc.at[:, rows], mosaic.transpose(tile_smem.at[rows, half]), identity_smem)
+        return acc[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((64, TILE), jnp.float32))
+
+
+def _swish(gate, up):
+    """silu(gate) * up; a square of a root for the quotient: IEEE division takes twice the time."""
+    root = lax.rsqrt(1 + lax.exp2(gate * jnp.float32(-math.log2(math.e))))
+    return gate * (root * root) * up
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What is quantised, and which layouts leave.
+
+    inputs: 1, or 2 for silu(input 0) * input 1. codes: the input is FP8 with scales [k, M].
+    by_row, by_column: FP32 factors. masked: rows of each 128 from a count on are taken as 0.
+    """
+
+    inputs: int = 1
+    codes: bool = False
+    by_row: bool = False
+    by_column: bool = False
+    masked: bool = False
+    rows: bool = True
+    columns: bool = False
+    power_of_two: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """The values are those of the operand in memory."""
+        return not (self.inputs == 2 or self.codes or self.by_row or self.by_column)
+
+
+def _body(*refs, form, tiles, shape, blocks):
+    refs = list(refs)
+    take = lambda count: [refs.pop(0) for _ in range(count)]
+    x_gmem = take(form.inputs)
+    (row_gmem,) = take(1) if form.by_row or form.codes else (None,)
+    (column_gmem,) = take(1) if form.by_column else (None,)
+    (counts_gmem,) = take(1) if form.masked else (None,)
+    code_gmem, scale_gmem = take(2) if form.rows else (None, None)
+    turned_gmem, turned_scale_gmem = take(2) if form.columns else (None, None)
+    x_smem = take(form.inputs)
+    (row_smem,) = take(1) if form.by_row or form.codes else (None,)
+    (column_smem,) = take(1) if form.by_column else (None,)
+    code_smem, scale_smem = take(2) if form.rows else (None, None)
+    turned_smem, turned_scale_smem, identity_smem = take(3) if form.columns else (None,) * 3
+    # The products read their BF16 operand from where the input was, unless that is FP8.
+    tile_smem = take(1)[0] if form.codes else x_smem[0]
+    (full,) = refs
+    column_tiles = pl.cdiv(shape[1], TILE)
+    total = pl.cdiv(shape[0], TILE) * column_tiles
+    block = lax.axis_index("block")
+    count = (total - block + (blocks - 1)) // blocks
+
+    def place(i):
+        tile = block + i * blocks
+        row, column = lax.div(tile, column_tiles), lax.rem(tile, column_tiles)
+        return row, column, pl.ds(row * TILE, TILE), pl.ds(column * TILE, TILE)
+
+    def fetch(i):
+        slot = lax.rem(i, tiles.stages)
+        _, column, rows, columns = place(i)
+        copy = lambda source, target: plgpu.copy_gmem_to_smem(
+            source, target.at[slot], full.at[slot]
+        )
+        for source, target in zip(x_gmem, x_smem, strict=True):
+            copy(source.at[rows, columns], target)
+        if form.by_row:
+            copy(row_gmem.at[rows], row_smem)
+        if form.codes:
+            copy(row_gmem.at[column, rows], row_smem)
+        if form.by_column:
+            copy(column_gmem.at[columns], column_smem)
+
+    for i in range(tiles.stages):
+        pl.when(i < count)(functools.partial(fetch, jnp.int32(i)))
+    if form.columns:
+        identity_smem[...] = _identity()
+
+    def values(slot, half, valid):
+        """64 rows as FP32 in registers; rounded to BF16 unless they are the operand's."""
+        x = [mosaic.load(ref.at[slot, half], WGMMA).astype(jnp.float32) for ref in x_smem]
+        x = _swish(*x) if form.inputs == 2 else x[0]
+        if form.by_row:
+            factor = mosaic.load(row_smem.at[slot, half], BY_ROW)
+            x = x * lax.broadcast_in_dim(factor, x.shape, (0,))
+        if form.by_column:
+            factor = mosaic.load(column_smem.at[slot], BY_COLUMN)
+            x = x * lax.broadcast_in_dim(factor, x.shape, (1,))
+        if form.masked:
+            x = jnp.where(_index(x.shape, 0) < valid - half.start, x, jnp.zeros_like(x))
+        return x if form.plain else x.astype(BF16).astype(jnp.float32)
+
+    tile_slot = lambda slot: 0 if form.codes else slot
+
+    def step(i, _):
+        slot = lax.rem(i, tiles.stages)
+        row, column, rows, columns = place(i)
+        valid = counts_gmem[row] if form.masked else TILE
+        plgpu.barrier_wait(full.at[slot])
+        # The last tile's stores have read what is overwritten now.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        for half in HALVES:
+            x = values(slot, half, valid)
+            if form.rows:
+                code_smem[half], scale_smem[half] = _encode(x, 0, form.power_of_two)
+            # The products below read the values from shared memory.
+            if form.columns and (form.masked or not form.plain):
+                tile_smem[tile_slot(slot), half] = x.astype(BF16)
+        plgpu.commit_smem()
+        if form.rows:
+            plgpu.copy_smem_to_gmem(code_smem, code_gmem.at[rows, columns])
+            plgpu.copy_smem_to_gmem(scale_smem, scale_gmem.at[column, rows])
+        if form.columns:
+            for half in HALVES:
+                x = _transposed(tile_smem.at[tile_slot(slot)], half, identity_smem)
+                if form.codes:
+                    factor = mosaic.load(row_smem.at[slot], BY_COLUMN)
+                    x = x * lax.broadcast_in_dim(factor, x.shape, (1,))
+                if form.codes and form.masked:
+                    x = jnp.where(_index(x.shape, 1) < valid, x, jnp.zeros_like(x))
+                codes, scale = _encode(x, 0, form.power_of_two)
+                turned_smem[half], turned_scale_smem[half] = codes, scale
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(turned_smem, turned_gmem.at[columns, rows])
+            plgpu.copy_smem_to_gmem(turned_scale_smem, turned_scale_gmem.at[row, columns])
+        pl.when(i + tiles.stages < count)(lambda: fetch(i + tiles.stages))
+
+    lax.fori_loop(0, count, step, None)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _up(size, multiple):
+    return -(-size // multiple) * multiple
+
+
+@functools.partial(
+    jax.jit, static_argnames=("form", "tiles", "cores", "name", "width", "interpret")
+)
+def quantize(
+    x: tuple[jax.Array, ...],
+    row_M: jax.Array | None = None,
+    column_K: jax.Array | None = None,
+    counts_m: jax.Array | None = None,
+    *,
+    form: Form,
+    tiles: Tiles,
+    cores: int,
+    name: str,
+    width: int | None = None,
+    interpret=None,
+) -> tuple[jax.Array, ...]:
+    """Codes [M, 128 k] and scales [k, M] by rows, then codes [K, 128 m] and scales [m, K].
+
+    Both only as the form says. The last dimension of scales is rounded up to a multiple of 4 (TMA).
+    """
+    num_rows, width, blocks = x[0].shape[0], width or x[0].shape[1], cores * tiles.blocks
+    row_tiles, column_tiles = pl.cdiv(num_rows, TILE), pl.cdiv(width, TILE)
+    shape_of = jax.ShapeDtypeStruct
+    out_type, scratch = [], []
+    stage = lambda shape, dtype, transforms=(): plgpu.SMEM(
+        (tiles.stages, *shape), dtype, transforms=transforms
+    )
+    square = plgpu.SMEM((TILE, TILE), F8, transforms=mosaic.swizzled(TILE, F8))
+    line = plgpu.SMEM((TILE,), jnp.float32)
+    scratch += [stage((TILE, TILE), x[0].dtype, mosaic.swizzled(TILE, x[0].dtype))] * form.inputs
+    scratch += [stage((TILE,), jnp.float32)] * (form.by_row + form.codes + form.by_column)
+    if form.rows:
+        out_type += [
+            shape_of((num_rows, column_tiles * TILE), F8),
+            shape_of((column_tiles, _up(num_rows, 4)), jnp.float32),
+        ]
+        scratch += [square, line]
+    if form.columns:
+        out_type += [
+            shape_of((width, row_tiles * TILE), F8),
+            shape_of((row_tiles, _up(width, 4)), jnp.float32),
+        ]
+        scratch += [
+            square,
+            line,
+            plgpu.SMEM((64, 64), BF16, transforms=mosaic.swizzled(64, BF16)),
+        ]
+    if form.codes:
+        scratch += [plgpu.SMEM((1, TILE, TILE), BF16, transforms=mosaic.swizzled(TILE, BF16))]
+    arrivals = form.inputs + form.by_row + form.codes + form.by_column
+    scratch += [plgpu.Barrier(num_arrivals=arrivals, num_barriers=tiles.stages)]
+    kernel = mosaic.launch(
+        functools.partial(_body, form=form, tiles=tiles, shape=(num_rows, width), blocks=blocks),
+        name=name,
+        out_type=tuple(out_type),
+        grid=(blocks,),
+        grid_names=("block",),
+        scratch_types=scratch,
+        interpret=interpret,
+    )
+    extra = [a for a in (row_M, column_K, counts_m) if a is not None]
+    return tuple(mosaic.varying_like(x[0], out) for out in kernel(*x, *extra))
+
+
+def _block_body(w_gmem, code_gmem, scale_gmem, *refs, form, shape, blocks):
+    """Weights: one scale for a tile of 128 x 128, so the transposed codes are the same codes."""
+    turned_gmem, turned_scale_gmem, *refs = refs if form.columns else (None, None, *refs)
+    w_smem, code_smem, turned_smem, tile_smem, identity_smem, full = refs
+    groups, n, k = shape
+    row_tiles, column_tiles = pl.cdiv(n, TILE), pl.cdiv(k, TILE)
+    total = groups * row_tiles * column_tiles
+    block = lax.axis_index("block")
+    count = (total - block + (blocks - 1)) // blocks
+
+    def place(i):
+        tile = block + i * blocks
+        rest, column = lax.div(tile, column_tiles), lax.rem(tile, column_tiles)
+        return lax.div(rest, row_tiles), lax.rem(rest, row_tiles), column
+
+    def fetch(i):
+        group, row, column = place(i)
+        tile = w_gmem.at[group, pl.ds(row * TILE, TILE), pl.ds(column * TILE, TILE)]
+        plgpu.copy_gmem_to_smem(tile, w_smem, full.at[0])
+
+    pl.when(count > 0)(lambda: fetch(jnp.int32(0)))
+    if form.columns:
+        identity_smem[...] = _identity()
+
+    def step(i, _):
+        group, row, column = place(i)
+        plgpu.barrier_wait(full.at[0])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        values = lambda half: mosaic.load(w_smem.at[half], WGMMA).astype(jnp.float32)
+        amax = [jnp.max(jnp.abs(values(half)), axis=1) for half in HALVES]
+        scale = _scale(jnp.max(jnp.maximum(*amax), axis=0), form.power_of_two)
+        for half in HALVES:
+            codes = (values(half) * (1 / scale)).astype(F8)
+            code_smem[half] = codes
+            if form.columns:
+                tile_smem[half] = codes.astype(jnp.float32).astype(BF16)
+        scale_gmem[group, row, column] = scale
+        plgpu.commit_smem()
+        pl.when(i + 1 < count)(lambda: fetch(i + 1))
+        rows, columns = pl.ds(row * TILE, TILE), pl.ds(column * TILE, TILE)
+        plgpu.copy_smem_to_gmem(code_smem, code_gmem.at[group, rows, columns])
+        if form.columns:
+            turned_scale_gmem[group, column, row] = scale
+            for half in HALVES:
+                turned_smem[half] = _transposed(tile_smem, half, identity_smem).astype(F8)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(turned_smem, turned_gmem.at[group, columns, rows])
+
+    lax.fori_loop(0, count, step, None)
+    plgpu.wait_smem_to_gmem(0)
+
+
+@functools.partial(jax.jit, static_argnames=("form", "tiles", "cores", "name", "interpret"))
+def quantize_blocks(
+    w_GNK: jax.Array, *, form: Form, tiles: Tiles, cores: int, name: str, interpret=None
+) -> tuple[jax.Array, ...]:
+    """Codes [G, N, 128 k] and scales [G, n, k]; with `columns` codes [G, K, 128 n] and [G, k, n].
+
+    The last dimension of scales is rounded up to a multiple of 32; what is added is not written.
+    """
+    groups, n, k = w_GNK.shape
+    blocks = cores * tiles.blocks
+    shape_of = jax.ShapeDtypeStruct
+    out_type = []
+    for rows, columns in ((n, k), (k, n))[: 1 + form.columns]:
+        out_type += [
+            shape_of((groups, rows, _up(columns, TILE)), F8),
+            shape_of((groups, pl.cdiv(rows, TILE), _up(pl.cdiv(columns, TILE), 32)), jnp.float32),
+        ]
+    square = lambda dtype: plgpu.SMEM((TILE, TILE), dtype, transforms=mosaic.swizzled(TILE, dtype))
+    kernel = mosaic.launch(
+        functools.partial(_block_body, form=form, shape=w_GNK.shape, blocks=blocks),
+        name=name,
+        out_type=tuple(out_type),
+        grid=(blocks,),
+        grid_names=("block",),
+        scratch_types=[
+            square(w_GNK.dtype),
+            square(F8),
+            square(F8),
+            square(BF16),
+            plgpu.SMEM((64, 64), BF16, transforms=mosaic.swizzled(64, BF16)),
+            plgpu.Barrier(num_arrivals=1, num_barriers=1),
+        ],
+        interpret=interpret,
+    )
+    return tuple(mosaic.varying_like(w_GNK, out) for out in kernel(w_GNK))

@@ -1,0 +1,86 @@
+"""The meaning of the FP8 formats in plain jnp; the CPU path and the oracle."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+F8 = jnp.float8_e4m3fn
+TILE = 128
+F8_MAX = 448.0
+AMAX_FLOOR = 1e-4
+
+
+def scale_of(amax: Float[Array, "..."], power_of_two: bool) -> Float[Array, "..."]:
+    """amax / 448, amax floored at 1e-4; NaN if amax is not finite."""
+    scale = jnp.maximum(amax, jnp.float32(AMAX_FLOOR)) * jnp.float32(1 / F8_MAX)
+    if power_of_two:
+        # Up to the next exponent unless the mantissa is 0: exact, unlike a logarithm.
+        bits = jax.lax.bitcast_convert_type(scale, jnp.int32)
+        scale = jax.lax.bitcast_convert_type((bits + 0x7FFFFF) & ~0x7FFFFF, jnp.float32)
+    return jnp.where(amax < jnp.inf, scale, jnp.float32(jnp.nan))
+
+
+def encode(x: Float[Array, "..."], scale: Float[Array, "..."]) -> Float[Array, "..."]:
+    """round(x / scale) to E4M3, saturating: a plain cast gives NaN above 464."""
+    return jnp.clip(x * (1 / scale), -F8_MAX, F8_MAX).astype(F8)
+
+
+def pad(x, multiples):
+    """Zeros at the end of each dimension, up to a multiple."""
+    return jnp.pad(x, [(0, -size % m) for size, m in zip(x.shape, multiples, strict=True)])
+
+
+def mask(x_MK: Float[Array, "M K"], counts_m: Int32[Array, "m"] | None) -> Float[Array, "M K"]:
+    """x, with 0 in the rows of each 128 from a count on."""
+    if counts_m is None:
+        return x_MK
+    row_M = jnp.arange(x_MK.shape[0], dtype=jnp.int32)
+    real_M = row_M % TILE < jnp.repeat(counts_m, TILE)[: x_MK.shape[0]]
+    return jnp.where(real_M[:, None], x_MK, jnp.zeros_like(x_MK))
+
+
+def tiles(x_MK: Float[Array, "M K"], power_of_two: bool) -> tuple[Array, Array]:
+    """Codes [M, 128 k] and scales [k, M], M rounded up to a multiple of 4."""
+    num_rows = x_MK.shape[0]
+    x_Mkt = pad(x_MK.astype(jnp.float32), (1, TILE)).reshape(num_rows, -1, TILE)
+    scale_Mk = scale_of(jnp.abs(x_Mkt).max(axis=2), power_of_two)
+    codes_Mkt = encode(x_Mkt, scale_Mk[:, :, None])
+    return codes_Mkt.reshape(num_rows, -1), pad(scale_Mk, (4, 1)).T
+
+
+def decode_tiles(codes_MK, scale_kM) -> Float[Array, "M K"]:
+    """FP32 values, the zeros at the end of the contraction included."""
+    scale_MK = jnp.repeat(scale_kM[:, : codes_MK.shape[0]].T, TILE, axis=1)
+    return codes_MK.astype(jnp.float32) * scale_MK
+
+
+def blocks(w_GNK: Float[Array, "G N K"], power_of_two: bool) -> tuple[Array, Array]:
+    """Codes [G, N, 128 k] and scales [G, n, k], k rounded up to a multiple of 32."""
+    groups, n, _ = w_GNK.shape
+    w_GNK = pad(w_GNK.astype(jnp.float32), (1, TILE, TILE))
+    w_Gnakb = w_GNK.reshape(groups, w_GNK.shape[1] // TILE, TILE, w_GNK.shape[2] // TILE, TILE)
+    scale_Gnk = scale_of(jnp.abs(w_Gnakb).max(axis=(2, 4)), power_of_two)
+    codes_GNK = encode(w_Gnakb, scale_Gnk[:, :, None, :, None]).reshape(w_GNK.shape)
+    return codes_GNK[:, :n], pad(scale_Gnk, (1, 1, 32))
+
+
+def decode_blocks(codes_GNK, scale_Gnk) -> Float[Array, "G N K"]:
+    """FP32 values, the zeros at the end of the contraction included."""
+    _, n, k = codes_GNK.shape
+    scale_GnK = jnp.repeat(scale_Gnk[:, :, : k // TILE], TILE, axis=2)
+    return codes_GNK.astype(jnp.float32) * jnp.repeat(scale_GnK, TILE, axis=1)[:, :n]
+
+
+def rms_norm(x_MK, gain_K, epsilon: float) -> Float[Array, "M K"]:
+    """x / sqrt(mean(x^2) + epsilon) * gain in FP32, rounded to BF16."""
+    x = x_MK.astype(jnp.float32)
+    factor_M1 = jax.lax.rsqrt(jnp.square(x).mean(axis=1, keepdims=True) + epsilon)
+    return (x * factor_M1 * gain_K.astype(jnp.float32)[None]).astype(jnp.bfloat16)
+
+
+def swiglu(gate_MK, up_MK, weight_M=None) -> Float[Array, "M K"]:
+    """silu(gate) * up * weight in FP32, rounded to BF16."""
+    product = jax.nn.silu(gate_MK.astype(jnp.float32)) * up_MK.astype(jnp.float32)
+    if weight_M is not None:
+        product = product * weight_M.astype(jnp.float32)[:, None]
+    return product.astype(jnp.bfloat16)
