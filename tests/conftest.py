@@ -83,6 +83,22 @@ def strict_promotion(request):
         yield
 
 
+def pytest_addoption(parser):
+    """The flag that has jaxtyping and beartype check every annotated shape and dtype."""
+    text = "check the shapes and dtypes that signatures state, in every call"
+    parser.addoption("--check-shapes", action="store_true", help=text)
+
+
+def pytest_configure(config):
+    """Hook the checker into the library packages before any test imports them."""
+    if config.getoption("--check-shapes"):
+        import jaxtyping
+
+        import tests.typechecking  # noqa: F401  the hook looks it up by name
+
+        jaxtyping.install_import_hook(STRICT, "tests.typechecking.check")
+
+
 def pytest_runtest_setup(item):
     """Skip what needs a GPU when JAX has none."""
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
