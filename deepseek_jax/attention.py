@@ -39,6 +39,7 @@ class Attention(nnx.Module):
         self.wkv_b_NXC = normal(rngs, (N, H + U, C), config)
         self.wo_DNU = normal(rngs, (D, N, U), config)
 
+    @jax.named_scope("attention")
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],

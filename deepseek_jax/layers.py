@@ -24,6 +24,7 @@ def ones(size: int) -> nnx.Param:
     return nnx.Param(jnp.ones((size,), jnp.float32))
 
 
+@jax.named_scope("norm")
 def rms_norm(x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float) -> jax.Array:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in FP32; x's dtype returned."""
     x32 = x.astype(jnp.float32)
@@ -32,6 +33,7 @@ def rms_norm(x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float) -
     return (x32 * scale * weight).astype(x.dtype)
 
 
+@jax.named_scope("embed")
 def embed(
     tokens_BT: Int[Array, "B T"], embed_VD: Float[Array, "V D"], dtype: jnp.dtype
 ) -> Float[Array, "B T D"]:
@@ -55,6 +57,7 @@ class FeedForward(nnx.Module):
         self.w_up_FD = normal(rngs, (F, D), config)
         self.w_down_DF = normal(rngs, (D, F), config)
 
+    @jax.named_scope("ffn")
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         gate_BTF = checkpoint_name(
             linear("BTD,FD->BTF", x_BTD, self.w_gate_FD[...]), "ffn_hidden"

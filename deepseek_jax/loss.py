@@ -13,6 +13,7 @@ from sharding import local
 CHUNK_ELEMENTS = 64 * 2**20
 
 
+@jax.named_scope("loss")
 def cross_entropy(
     hidden_BTD: Float[Array, "B T D"],
     head_VD: Float[Array, "V D"],

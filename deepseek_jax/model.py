@@ -101,12 +101,13 @@ class Model(nnx.Module):
                 output.load,
             )
 
-        for blocks in (self.dense, self.moe):
+        for name, blocks in ("dense", self.dense), ("moe", self.moe):
             if blocks is None:
                 continue
-            x_BTD, (xs_LBTD, cache_LBTY, load) = run_stack(
-                blocks, x_BTD, turns, keep=keep, remat=remat, segments_BT=segments_BT
-            )
+            with jax.named_scope(name):
+                x_BTD, (xs_LBTD, cache_LBTY, load) = run_stack(
+                    blocks, x_BTD, turns, keep=keep, remat=remat, segments_BT=segments_BT
+                )
             layers_BTD.append(xs_LBTD)
             caches.append(cache_LBTY)
             loads.append(load)

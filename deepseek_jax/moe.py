@@ -61,10 +61,12 @@ class MoE(nnx.Module):
         )
         y_BTD = experts(x_BTD, expert_BTK, weight_BTK, *weights)
         if config.num_shared_experts:
-            y_BTD = y_BTD + self.shared(x_BTD)
+            with jax.named_scope("shared"):
+                y_BTD = y_BTD + self.shared(x_BTD)
         return y_BTD, load
 
 
+@jax.named_scope("router")
 def scores(x_BTD, router_ED, config: ModelConfig) -> Float[Array, "B T E"]:
     """Affinity of each token to each expert, FP32 throughout."""
     logits_BTE = jnp.einsum(
@@ -78,6 +80,7 @@ def scores(x_BTD, router_ED, config: ModelConfig) -> Float[Array, "B T E"]:
     return jax.nn.softmax(logits_BTE, axis=-1)
 
 
+@jax.named_scope("router")
 def route(
     score_BTE: Float[Array, "B T E"], bias_E: Float[Array, " E"] | None, config: ModelConfig
 ) -> tuple[Int[Array, "B T K"], Float[Array, "B T K"]]:
@@ -120,6 +123,7 @@ def chosen(expert_BTK: Int[Array, "B T K"], num_experts: int) -> Bool[Array, "B 
     return jnp.any(expert_BTK[..., None] == ids_E[None, None, None, :], axis=-2)
 
 
+@jax.named_scope("balance")
 def expert_counts(expert_BTK, num_experts: int, valid_BT) -> Int[Array, " E"]:
     """Tokens per expert over the whole (global) batch."""
     chosen_BTE = chosen(expert_BTK, num_experts)
@@ -128,6 +132,7 @@ def expert_counts(expert_BTK, num_experts: int, valid_BT) -> Int[Array, " E"]:
     return jnp.sum(chosen_BTE, axis=(0, 1), dtype=jnp.int32)
 
 
+@jax.named_scope("balance")
 def sequence_loss(score_BTE, config: ModelConfig, valid_BT) -> Float[Array, ""]:
     """Mean over sequences of sum_i f_i P_i (V3 eqs. 17-20); 1 when load and scores are even.
 
@@ -145,6 +150,7 @@ def sequence_loss(score_BTE, config: ModelConfig, valid_BT) -> Float[Array, ""]:
     return jnp.mean(jnp.sum(f_BE * P_BE, axis=-1))
 
 
+@jax.named_scope("experts")
 def run_experts(
     x_BTD, expert_BTK, weight_BTK, w_gate_EFD, w_up_EFD, w_down_EDF, *, num_experts: int
 ) -> Float[Array, "B T D"]:

@@ -26,6 +26,7 @@ class MTP(nnx.Module):
         self.block = Block(config, dense=config.num_moe_layers == 0, rngs=rngs)
         self.final_norm_D = ones(D)
 
+    @jax.named_scope("mtp")
     def __call__(
         self, hidden_BTD, embedded_BTD, rotations_BTr, *, segments_BT=None, valid_BT=None
     ) -> tuple[jax.Array, Load | None]:

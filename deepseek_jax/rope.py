@@ -53,6 +53,7 @@ def _amplitude(yarn: Yarn | None) -> float:
     return top / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
 
 
+@jax.named_scope("rope")
 def rotations(
     positions_BT: Int[Array, "B T"], config: ModelConfig
 ) -> tuple[Float[Array, "B T r"], Float[Array, "B T r"]]:
