@@ -1,11 +1,9 @@
 """report.html of a run: one page without network or scripts, for any screen, light or dark."""
 
 import html
-import json
-import math
 import os
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +14,11 @@ import tyro
 from experiments import plots
 from experiments.display import duration
 from experiments.plots import FIRST, SECOND, Curve, short
+from experiments.records import Records, read_records
 from experiments.report_style import CSS
 
-# Scalars read from every line of metrics.jsonl.
-SCALARS = (
-    "tokens loss mtp_loss bits_per_byte learning_rate grad_norm busiest_over_mean skipped seconds "
-    "tokens_per_second mfu_causal mfu_full"
-).split()
-# A heat map is drawn from at most this many steps, and for at most this many layers.
-LOADS, LAYERS = 480, 8
+# Heat maps are drawn for at most this many layers.
+LAYERS = 8
 
 
 @dataclass(frozen=True)
@@ -40,24 +34,6 @@ def report(arguments: Report) -> None:
     print(write_report(arguments.run))
 
 
-@dataclass(frozen=True)
-class Records:
-    """What a run has written about itself so far."""
-
-    config: dict[str, Any]
-    summary: dict[str, Any] | None  # None until the run has ended
-    steps: list[int]
-    scalars: dict[str, np.ndarray]
-    load_steps: list[int]
-    load_LET: np.ndarray  # load of each expert over the mean of its layer; T counts load_steps
-
-    def last(self, name: str, count: int = 1) -> float | None:
-        """The mean of a scalar over the last steps, None if it is unknown there."""
-        values = self.scalars[name][-count:]
-        values = values[np.isfinite(values)]
-        return float(values.mean()) if len(values) else None
-
-
 def write_report(run_dir: Path) -> Path:
     """Write report.html beside the run's records and return its path."""
     path = Path(run_dir) / "report.html"
@@ -68,44 +44,6 @@ def write_report(run_dir: Path) -> Path:
     finally:
         partial.unlink(missing_ok=True)
     return path
-
-
-def read_records(run_dir: Path) -> Records:
-    """Read config.json, metrics.jsonl and summary.json; only the first must exist."""
-    if not (run_dir / "config.json").is_file():
-        raise ValueError(f"{run_dir} holds no config.json: name the folder of a run")
-    config = json.loads((run_dir / "config.json").read_text())
-    summary = run_dir / "summary.json"
-    # A step written twice, before a crash and after the resume, counts once.
-    lines = {line["step"]: line for line in metrics_lines(run_dir / "metrics.jsonl")}
-    steps = sorted(lines)
-    scalars = {name: floats(lines[step].get(name) for step in steps) for name in SCALARS}
-    with_load = [step for step in steps if lines[step].get("expert_load_LE")]
-    load_steps = with_load[:: math.ceil(len(with_load) / LOADS) or 1]
-    loads = [np.asarray(lines[step]["expert_load_LE"], np.float64) for step in load_steps]
-    return Records(
-        config=config,
-        summary=json.loads(summary.read_text()) if summary.is_file() else None,
-        steps=steps,
-        scalars=scalars,
-        load_steps=load_steps,
-        load_LET=np.stack(loads, axis=-1) if loads else np.zeros((0, 0, 0)),
-    )
-
-
-def metrics_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line that was cut off is left out."""
-    if not path.is_file():
-        return
-    with path.open() as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
-
-
-def floats(values: Iterable[float | None]) -> np.ndarray:
-    """An array with not-a-number where a value is unknown."""
-    return np.asarray([math.nan if v is None else float(v) for v in values], np.float64)
 
 
 def page(records: Records) -> str:

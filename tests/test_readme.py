@@ -40,7 +40,8 @@ def test_the_tree_names_every_file_and_no_other(readme, root):
         if path.name not in ("__init__.py", "__pycache__")
         and (path.suffix == ".py" or path.is_dir() and list(path.glob("*")))
     }
-    assert not there - named, "give each file its line in README's tree"
+    missing = sorted(there - named)
+    assert not missing, f"give each file its line in README's tree: {missing}"
 
 
 def test_the_example_runs(readme, root):
