@@ -24,6 +24,12 @@ COMMANDS = {
         "bits per byte of a run on its validation text, or on other text",
         "runs/first --data README.md",
     ),
+    "explain": Command(
+        "experiments.explain",
+        "explain",
+        "every parameter and operation of a model: shape, dtype, sharding, precision",
+        "deepseek_v3",
+    ),
     "bench train": Command(
         "experiments.bench.train",
         "bench_train",
