@@ -172,6 +172,8 @@ def _body(
             def pass_by(slot):
                 def step(_, slot):
                     plgpu.barrier_wait(full.at[slot])
+                    # Without WGMMAs only this keeps the four warps in the same phase.
+                    plgpu.commit_smem()
                     plgpu.barrier_arrive(free.at[slot])
                     return next_slot(slot)
 
@@ -230,7 +232,7 @@ def matmul(
             plgpu.SMEM(
                 (tiles.warpgroups, tiles.store_buffers, 64, tiles.store_columns),
                 out_dtype,
-                transforms=mosaic.swizzled(tiles.store_columns, out_dtype),
+                transforms=mosaic.swizzled(tiles.store_columns, out_dtype, n),
             ),
             plgpu.Barrier(num_arrivals=3, num_barriers=tiles.stages),
             plgpu.ClusterBarrier(

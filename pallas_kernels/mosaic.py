@@ -1,6 +1,7 @@
 """What all Hopper kernels share: the target device, the launch, shared-memory layouts, versions."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -46,9 +47,12 @@ def require_hopper(op: str) -> int:
     return device.cores
 
 
-def swizzled(columns: int, dtype: jnp.dtype) -> tuple:
-    """Layout in shared memory of rows of `columns` elements as TMA writes and WGMMA reads them."""
-    itemsize = jnp.dtype(dtype).itemsize
+def swizzled(columns: int, dtype: jnp.dtype, width: int = 0) -> tuple:
+    """Layout in shared memory of rows of `columns` elements as TMA writes and WGMMA reads them.
+
+    Of an array `width` wide: Mosaic copies only what divides it, so 2128 gets a swizzle of 32.
+    """
+    columns, itemsize = math.gcd(columns, width), jnp.dtype(dtype).itemsize
     swizzle = next(size for size in (128, 64, 32) if columns * itemsize % size == 0)
     return (plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle))
 

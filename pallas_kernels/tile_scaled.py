@@ -196,7 +196,7 @@ def matmul(
             plgpu.SMEM(
                 (tiles.warpgroups, tiles.store_buffers, 64, tiles.store_columns),
                 jnp.float32,
-                transforms=mosaic.swizzled(tiles.store_columns, jnp.float32),
+                transforms=mosaic.swizzled(tiles.store_columns, jnp.float32, k),
             ),
             plgpu.Barrier(num_arrivals=4, num_barriers=tiles.stages),
             plgpu.ClusterBarrier(

@@ -246,8 +246,12 @@ def quantize(
     )
     square = plgpu.SMEM((TILE, TILE), F8, transforms=mosaic.swizzled(TILE, F8))
     line = plgpu.SMEM((TILE,), jnp.float32)
-    scratch += [stage((TILE, TILE), x[0].dtype, mosaic.swizzled(TILE, x[0].dtype))] * form.inputs
+    scratch += [
+        stage((TILE, TILE), x[0].dtype, mosaic.swizzled(TILE, x[0].dtype, x[0].shape[1]))
+    ] * form.inputs
     scratch += [stage((TILE,), jnp.float32)] * (form.by_row + form.codes + form.by_column)
+    # Both operands of the products want the same swizzle.
+    tile_width = 0 if form.codes else x[0].shape[1]
     if form.rows:
         out_type += [
             shape_of((num_rows, column_tiles * TILE), F8),
@@ -262,7 +266,7 @@ def quantize(
         scratch += [
             square,
             line,
-            plgpu.SMEM((64, 64), BF16, transforms=mosaic.swizzled(64, BF16)),
+            plgpu.SMEM((64, 64), BF16, transforms=mosaic.swizzled(64, BF16, tile_width)),
         ]
     if form.codes:
         scratch += [plgpu.SMEM((1, TILE, TILE), BF16, transforms=mosaic.swizzled(TILE, BF16))]
@@ -350,7 +354,9 @@ def quantize_blocks(
             shape_of((groups, rows, _up(columns, TILE)), F8),
             shape_of((groups, pl.cdiv(rows, TILE), _up(pl.cdiv(columns, TILE), 32)), jnp.float32),
         ]
-    square = lambda dtype: plgpu.SMEM((TILE, TILE), dtype, transforms=mosaic.swizzled(TILE, dtype))
+    square = lambda dtype, width=0: plgpu.SMEM(
+        (TILE, TILE), dtype, transforms=mosaic.swizzled(TILE, dtype, width)
+    )
     kernel = mosaic.launch(
         functools.partial(_block_body, form=form, shape=w_GNK.shape, blocks=blocks),
         name=name,
@@ -358,7 +364,7 @@ def quantize_blocks(
         grid=(blocks,),
         grid_names=("block",),
         scratch_types=[
-            square(w_GNK.dtype),
+            square(w_GNK.dtype, k),
             square(F8),
             square(F8),
             square(BF16),

@@ -20,6 +20,11 @@ def scale_of(amax: Float[Array, "..."], power_of_two: bool) -> Float[Array, "...
     return jnp.where(amax < jnp.inf, scale, jnp.float32(jnp.nan))
 
 
+def amax_of(x: Float[Array, "..."], axis) -> Float[Array, "..."]:
+    """max |x|, infinite if any of x is not finite: on CPU a maximum may drop a NaN (seen)."""
+    return jnp.where(jnp.isfinite(x), jnp.abs(x), jnp.float32(jnp.inf)).max(axis=axis)
+
+
 def encode(x: Float[Array, "..."], scale: Float[Array, "..."]) -> Float[Array, "..."]:
     """round(x / scale) to E4M3, saturating: a plain cast gives NaN above 464."""
     return jnp.clip(x * (1 / scale), -F8_MAX, F8_MAX).astype(F8)
@@ -43,7 +48,7 @@ def tiles(x_MK: Float[Array, "M K"], power_of_two: bool) -> tuple[Array, Array]:
     """Codes [M, 128 k] and scales [k, M], M rounded up to a multiple of 4."""
     num_rows = x_MK.shape[0]
     x_Mkt = pad(x_MK.astype(jnp.float32), (1, TILE)).reshape(num_rows, -1, TILE)
-    scale_Mk = scale_of(jnp.abs(x_Mkt).max(axis=2), power_of_two)
+    scale_Mk = scale_of(amax_of(x_Mkt, 2), power_of_two)
     codes_Mkt = encode(x_Mkt, scale_Mk[:, :, None])
     return codes_Mkt.reshape(num_rows, -1), pad(scale_Mk, (4, 1)).T
 
@@ -59,7 +64,7 @@ def blocks(w_GNK: Float[Array, "G N K"], power_of_two: bool) -> tuple[Array, Arr
     groups, n, _ = w_GNK.shape
     w_GNK = pad(w_GNK.astype(jnp.float32), (1, TILE, TILE))
     w_Gnakb = w_GNK.reshape(groups, w_GNK.shape[1] // TILE, TILE, w_GNK.shape[2] // TILE, TILE)
-    scale_Gnk = scale_of(jnp.abs(w_Gnakb).max(axis=(2, 4)), power_of_two)
+    scale_Gnk = scale_of(amax_of(w_Gnakb, (2, 4)), power_of_two)
     codes_GNK = encode(w_Gnakb, scale_Gnk[:, :, None, :, None]).reshape(w_GNK.shape)
     return codes_GNK[:, :n], pad(scale_Gnk, (1, 1, 32))
 

@@ -1,0 +1,184 @@
+"""Block-scaled products: values, gradients and errors against float64, lowering, refusals."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import block_scaled, tile_scaled
+from pallas_kernels.matmul_fp8 import hopper, linear, matmul, weight_gradient
+from pallas_kernels.quantize_fp8 import Blocks, Tiles, quantize_blocks, quantize_tiles, reference
+from tests.conftest import LIMITS, relative_error
+from tests.pallas_kernels.lowering import A100, HOPPER, TPU, kernels_in, on
+from tests.pallas_kernels.numeric import float64, normal
+
+M, N, K = 72, 272, 400
+BF16, F32, F8 = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn
+shape_of = jax.ShapeDtypeStruct
+# (N, K) of V3's dense products and their transposes, and short last blocks: 2112, 576, 10944.
+SHAPES = [(2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (7168, 2112), (576, 2048)]
+SHAPES += [(2048, 10944), (10944, 2048), (16, 32)]
+
+
+def test_values_and_both_gradients():
+    x_MK, dy_MN, w_NK = normal(0, (M, K), BF16), normal(1, (M, N), BF16), normal(2, (N, K))
+    weight = quantize_blocks(w_NK)
+    y_MN, backward = jax.vjp(lambda x, w: linear(x, weight, w), x_MK, w_NK)
+    dx_MK, dw_NK = backward(dy_MN)
+    x, dy, w = map(float64, (x_MK, dy_MN, w_NK))
+    assert (y_MN.dtype, dx_MK.dtype, dw_NK.dtype) == (BF16, BF16, F32)
+    assert relative_error(y_MN, x @ w.T) < LIMITS["fp8"].value
+    assert relative_error(dx_MK, dy @ w) < LIMITS["fp8"].gradient
+    assert relative_error(dw_NK, dy.T @ x) < LIMITS["fp8"].gradient
+
+
+def test_an_accumulator_gets_itself_plus_the_gradient():
+    x_MK, dy_MN, w_NK = normal(0, (M, K), BF16), normal(1, (M, N), BF16), normal(2, (N, K))
+    weight, total_NK = quantize_blocks(w_NK), normal(3, (N, K))
+    gradient = lambda w, accumulate: jax.vjp(lambda w: linear(x_MK, weight, w, accumulate), w)[1](
+        dy_MN
+    )[0]
+    right = total_NK + gradient(w_NK, False)
+    np.testing.assert_allclose(gradient(total_NK, True), right, rtol=1e-5, atol=1e-5)
+
+
+def test_micro_batches_accumulate_through_a_scan():
+    x_bMK, w_NK = normal(0, (3, M, K), BF16), normal(2, (N, K))
+    weight = quantize_blocks(w_NK)
+    loss = lambda total, x: linear(x, weight, total, True).astype(F32).sum()
+    step = lambda total, x: (jax.grad(loss)(total, x), None)
+    total_NK, _ = jax.lax.scan(step, jnp.zeros((N, K)), x_bMK)
+    right = float64(jnp.ones((3 * M, N))).T @ float64(x_bMK).reshape(-1, K)
+    assert relative_error(total_NK, right) < LIMITS["fp8"].gradient
+
+
+def exact(x: Tiles, w):
+    """Float64 arithmetic on the quantised operands."""
+    decode = lambda codes, scale: float64(reference.decode_tiles(codes, scale))
+    return decode(*x) @ float64(reference.decode_blocks(w.codes[None], w.scale[None])[0]).T
+
+
+@pytest.mark.parametrize("data, k", [("normal", 4096), ("outliers", 4096), ("uniform", 16384)])
+def test_error_of_the_product_is_that_of_the_format(data, k):
+    x_MK, w_NK = normal(0, (16, k)), normal(1, (32, k))
+    if data == "uniform":
+        x_MK, w_NK = jnp.abs(jnp.tanh(x_MK)), jnp.abs(jnp.tanh(w_NK))
+    if data == "outliers":
+        x_MK = x_MK.at[:, ::97].multiply(30)
+    x, w = quantize_tiles(x_MK), quantize_blocks(w_NK)
+    found, right = matmul(x, w.codes, w.scale, out_dtype=F32), exact(x, w)
+    assert relative_error(found, right) < (1e-3 if data == "uniform" else 2e-4)
+    original = float64(x_MK) @ float64(w_NK).T
+    if data != "uniform":
+        assert relative_error(found, original) <= 1.05 * relative_error(right, original)
+
+
+def test_nan_reaches_the_rows_that_it_belongs_to():
+    x_MK, w_NK = normal(0, (M, K)).at[5, 7].set(jnp.nan), normal(1, (N, K))
+    w = quantize_blocks(w_NK)
+    y_MN = matmul(quantize_tiles(x_MK), w.codes, w.scale)
+    np.testing.assert_array_equal(np.isnan(y_MN.astype(F32)).all(1), np.arange(M) == 5)
+    np.testing.assert_array_equal(np.isnan(y_MN.astype(F32)).any(1), np.arange(M) == 5)
+
+
+LOWERED = [(rows, shape) for rows in (64, 4096) for shape in SHAPES]
+LOWERED += [(1, SHAPES[0]), (128, SHAPES[0])]
+
+
+@pytest.mark.parametrize("rows, shape", LOWERED, ids=str)
+def test_forward_and_gradients_lower_for_hopper(rows, shape):
+    n, k = shape
+    up = lambda size, to: -(-size // to) * to
+
+    def blocks(n, k):
+        return shape_of((n, up(k, 128)), F8), shape_of((-(-n // 128), up(-(-k // 128), 32)), F32)
+
+    def step(x, weight, w):
+        loss = lambda x, w: linear(x, weight, w).astype(F32).sum()
+        return jax.value_and_grad(loss, (0, 1))(x, w)
+
+    weight = Blocks(*blocks(n, k), *blocks(k, n))
+    with on(HOPPER):
+        traced = jax.jit(step).trace(shape_of((rows, k), BF16), weight, shape_of((n, k), F32))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    # Quantise x and dy, re-tile x, and three products.
+    assert kernels_in(text) == 6
+
+
+TILES = [
+    block_scaled.Tiles(),
+    block_scaled.Tiles(band=16),
+    block_scaled.Tiles(store_columns=64, store_buffers=1),
+    block_scaled.Tiles(stages=5, store_buffers=1),
+    block_scaled.Tiles(warpgroups=2, stages=6, memory_registers=40),
+    block_scaled.Tiles(1, 16, 14, store_columns=16, pair=False, memory_registers=40),
+    block_scaled.Tiles(1, 32, 14, memory_registers=40),
+    block_scaled.Tiles(2, 64, 8, pair=False, memory_registers=40),
+]
+
+
+@pytest.mark.parametrize("tiles", TILES, ids=str)
+def test_other_tiles_lower(tiles):
+    for m, n, k in ((520, 2112, 512), (8, 16, 128)):
+        shapes = (
+            shape_of((m, k), F8),
+            shape_of((k // 128, m), F32),
+            shape_of((n, k), F8),
+            shape_of((-(-n // 128), 32), F32),
+        )
+        call = functools.partial(hopper.matmul, tiles=tiles, cores=132, out_dtype=BF16)
+        jax.jit(call).trace(*shapes).lower(lowering_platforms=("cuda",))
+
+
+def test_odd_tiles_are_refused():
+    with pytest.raises(ValueError, match="columns=48"):
+        block_scaled.Tiles(columns=48)
+    with pytest.raises(ValueError, match="warpgroups=4"):
+        block_scaled.Tiles(warpgroups=4)
+    with pytest.raises(ValueError, match="columns=264"):
+        tile_scaled.Tiles(columns=264)
+
+
+def call(m=8, n=16, k=128, a=F8, b=F8, a_scale=(1, 8), b_scale=(1, 32), **options):
+    tiles = Tiles(jnp.zeros((m, k), a), jnp.ones(a_scale))
+    return matmul(tiles, jnp.zeros((n, 128), b), jnp.ones(b_scale), **options)
+
+
+BAD = {
+    "a-dtype": (lambda: call(a=jnp.float8_e5m2), "codes of a"),
+    "b-dtype": (lambda: call(b=BF16), "codes of b"),
+    "n": (lambda: call(n=24), "multiple of 16"),
+    "k": (lambda: call(k=144), "multiple of 128"),
+    "k-differs": (lambda: call(k=256, a_scale=(2, 8)), "K=256"),
+    "a-scale": (lambda: call(a_scale=(8, 1)), r"float32 \[1, 8\]"),
+    "b-scale": (lambda: call(b_scale=(1, 1)), r"float32 \[1, 32\]"),
+    "out": (lambda: call(out_dtype=jnp.float16), "bfloat16 or float32"),
+    "implementation": (lambda: call(implementation="fast"), "must be one of"),
+    "tokens": (
+        lambda: weight_gradient(
+            Tiles(jnp.zeros((16, 128), F8), jnp.ones((1, 16))),
+            Tiles(jnp.zeros((16, 256), F8), jnp.ones((2, 16))),
+        ),
+        "tokens",
+    ),
+    "master": (
+        lambda: linear(
+            jnp.zeros((8, 16)), quantize_blocks(jnp.zeros((16, 16))), jnp.zeros((16, 8))
+        ),
+        "its master",
+    ),
+}
+
+
+@pytest.mark.parametrize("bad, message", BAD.values(), ids=BAD.keys())
+def test_bad_input_is_refused(bad, message):
+    with pytest.raises(ValueError, match=message):
+        bad()
+
+
+@pytest.mark.parametrize("device", [TPU, A100], ids=["tpu", "a100"])
+def test_other_accelerators_are_refused_by_name(device):
+    with on(device), pytest.raises(NotImplementedError, match=device.device_kind):
+        call()

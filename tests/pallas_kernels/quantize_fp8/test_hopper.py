@@ -1,0 +1,101 @@
+"""The quantising kernels without a GPU: every form lowers; tiny cases are interpreted."""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.quantize_fp8 import (
+    Tiles,
+    hopper,
+    quantize_blocks,
+    quantize_tiles,
+    retile,
+    rms_norm_tiles,
+    swiglu_tiles,
+)
+from tests.pallas_kernels.lowering import HOPPER, kernels_in, on, program
+
+ROOT = Path(__file__).resolve().parents[3]
+shape_of = jax.ShapeDtypeStruct
+BF16, F32, F8 = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn
+
+
+@pytest.mark.parametrize("shape", [(4096, 7168), (520, 2112), (1, 16)], ids=str)
+def test_every_form_lowers(shape):
+    m, k = shape
+    blocks = -(-m // 128)
+    norm = functools.partial(rms_norm_tiles, epsilon=1e-6, by="both")
+    x, counts = shape_of(shape, BF16), shape_of((blocks,), jnp.int32)
+    codes = Tiles(shape_of((m, -(-k // 128) * 128), F8), None)
+    codes = codes._replace(scale=shape_of((-(-k // 128), -(-m // 4) * 4), F32))
+
+    def everything(x, up, weight, counts, codes, gain):
+        return (
+            quantize_tiles(x),
+            quantize_tiles(x, by="columns", counts_m=counts),
+            quantize_tiles(x, by="both", power_of_two=True, counts_m=counts),
+            norm(x, gain),
+            swiglu_tiles(x, up, weight, by="both", counts_m=counts),
+            swiglu_tiles(x, up),
+            retile(codes, k, counts_m=counts),
+        )
+
+    shapes = (x, x, shape_of((m,), F32), counts, codes, shape_of((k,), BF16))
+    with on(HOPPER):
+        text = jax.jit(everything).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    assert kernels_in(text) == 7
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", [(2112, 7168), (3, 1408, 2048), (16, 16)], ids=str)
+def test_blocks_lower(shape, dtype):
+    with on(HOPPER):
+        lowered = jax.jit(quantize_blocks).trace(shape_of(shape, dtype))
+        assert kernels_in(lowered.lower(lowering_platforms=("cuda",)).as_text()) == 1
+
+
+def test_lowers_inside_shard_map():
+    text = program(lambda x: quantize_tiles(x, by="columns").codes, shape_of((256, 512), BF16))
+    assert kernels_in(text) == 1
+
+
+@pytest.mark.parametrize("blocks, stages", [(2, 2), (1, 1), (4, 1)])
+def test_other_tiles_lower(blocks, stages):
+    call = functools.partial(
+        hopper.quantize,
+        form=hopper.Form(columns=True),
+        tiles=hopper.Tiles(blocks, stages),
+        cores=132,
+        name="quantize",
+    )
+    jax.jit(call).trace((shape_of((256, 512), BF16),)).lower(lowering_platforms=("cuda",))
+
+
+def test_fp32_activations_are_refused():
+    with on(HOPPER), pytest.raises(NotImplementedError, match="float32"):
+        quantize_tiles(jnp.zeros((4, 16)))
+
+
+def test_odd_tiles_are_refused():
+    with pytest.raises(ValueError, match="stages=0"):
+        hopper.Tiles(stages=0)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter needs jax >= 0.11")
+@pytest.mark.parametrize("case", ["both", "masked", "swiglu", "norm", "retile", "blocks"])
+def test_interpreted(case):
+    # After an error the interpreter's process is of no use, so each case has its own.
+    run = subprocess.run(
+        [sys.executable, Path(__file__).with_name("interpret.py"), case],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
