@@ -36,6 +36,12 @@ COMMANDS = {
         "tokens/s, TFLOP/s and memory of a recipe's train step",
         "peer --precision bf16",
     ),
+    "bench balance": Command(
+        "experiments.bench.balance",
+        "bench_balance",
+        "expert load and loss with and without the routing-bias update, as a plot",
+        "tiny --steps 250 --out runs/balance",
+    ),
     "report": Command(
         "experiments.report",
         "report",
