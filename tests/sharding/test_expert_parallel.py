@@ -1,4 +1,4 @@
-"""Rows by expert: every choice once, groups aligned, order kept; dispatch and combine transposed."""
+"""Rows by expert: every choice once, aligned, in order; dispatch and combine are transposes."""
 
 import jax
 import jax.numpy as jnp

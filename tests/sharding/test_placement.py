@@ -1,4 +1,4 @@
-"""`shard` and `local` with and without a mesh: same values, same gradients, where the tables say."""
+"""`shard` and `local` with and without a mesh: same values and gradients, placed by the tables."""
 
 import jax
 import jax.numpy as jnp
