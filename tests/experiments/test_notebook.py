@@ -1,0 +1,56 @@
+"""The notebook runs from top to bottom as a reader would run it, and is stored without outputs."""
+
+import re
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
+
+
+@pytest.fixture
+def notebook(root):
+    return nbformat.read(root / "experiments" / "notebooks" / "prototype.ipynb", as_version=4)
+
+
+def outputs(notebook, kind):
+    """The text of all outputs of a kind."""
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    found = [output for cell in cells for output in cell.outputs if output.output_type == kind]
+    return "".join(output.get("text", "") for output in found), found
+
+
+def test_stored_without_outputs_and_without_the_traces_of_a_run(notebook):
+    for cell in notebook.cells:
+        assert cell.source.isascii()
+        if cell.cell_type == "code":
+            assert not cell.outputs and cell.execution_count is None
+    assert notebook.metadata.kernelspec.name == "python3"
+
+
+def test_needs_nothing_from_experiments(notebook):
+    assert not any(re.search(r"\bexperiments import|import experiments", cell.source)
+                   for cell in notebook.cells)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_runs_and_every_variant_learns(notebook, root, monkeypatch):
+    # The kernel draws into the notebook, and compiles without most optimisations.
+    monkeypatch.delenv("MPLBACKEND", raising=False)
+    flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    client = nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(root)}}
+    )
+    client.execute()
+    printed, streams = outputs(notebook, "stream")
+    assert not [stream.text for stream in streams if stream.name == "stderr"]
+    losses = re.findall(r"loss ([\d.]+) -> ([\d.]+)", printed)
+    assert len(losses) == 3
+    for first, last in losses:
+        assert float(last) < 0.75 * float(first)
+    assert re.search(r"deepseek_v3\s+70,272", printed)
+    balance = [float(x) for x in re.findall(r"(?:without bias|updates): ([\d.]+)", printed)]
+    assert balance[-1] < balance[0]
+    assert any("image/png" in output.data for output in outputs(notebook, "display_data")[1])
