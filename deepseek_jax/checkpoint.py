@@ -3,7 +3,12 @@
 A checkpoint holds names, shapes and numbers: it depends on no module class and on no mesh.
 """
 
+import contextlib
+import gc
+import logging
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +22,20 @@ from deepseek_jax.training import TrainState, abstract_state, state_shardings
 class Checkpoints:
     """The checkpoints of a run: written in the background, the last `keep` of them kept.
 
-    A checkpoint gets its final name only when it is complete; nothing else is ever restored.
+    A checkpoint gets its final name only when it is complete; nothing else is ever restored. What
+    a killed process left half written is removed, unless `keep` is None: then the folder is only
+    read, and another process may be writing to it.
     """
 
-    def __init__(self, directory: str | os.PathLike, *, keep: int = 3):
+    def __init__(self, directory: str | os.PathLike, *, keep: int | None = 3):
         self.directory = Path(directory).resolve()
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, create=True, enable_async_checkpointing=True
+                max_to_keep=keep,
+                create=keep is not None,
+                cleanup_tmp_directories=keep is not None,
+                enable_async_checkpointing=True,
             ),
         )
 
@@ -59,19 +69,26 @@ class Checkpoints:
         Raises:
           ValueError: there is none, or it is damaged, or its arrays are not those of `run`.
         """
-        step = self.latest if step is None else step
-        if step is None:
+        steps = sorted(self._manager.all_steps())
+        if not steps:
             raise ValueError(f"no complete checkpoint in {self.directory}")
-        target = _target(run, mesh)
-        try:
-            tree = self._manager.restore(step, args=ocp.args.StandardRestore(as_tree(target)))
-        except Exception as error:
-            reason = " ".join(str(error).split())[:200]
+        step = steps[-1] if step is None else step
+        if step not in steps:
             raise ValueError(
-                f"checkpoint {self.directory / str(step)} cannot be restored; it is damaged or of "
-                f"another configuration: remove it to go on from an earlier one ({reason})"
-            ) from error
-        return TrainState(**{"ema": None, **tree})
+                f"no complete checkpoint of step {step} in {self.directory}: use one of "
+                f"{', '.join(map(str, steps))}"
+            )
+        target = as_tree(_target(run, mesh))
+        with _silent_tasks():
+            try:
+                tree = self._manager.restore(step, args=ocp.args.StandardRestore(target))
+                return TrainState(**{"ema": None, **tree})
+            except Exception as error:
+                reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"checkpoint {self.directory / str(step)} cannot be restored; it is damaged or of "
+            f"another configuration: remove it to go on from an earlier one ({reason})"
+        )
 
     def _or_os_error(self, step: int | None, write) -> None:
         try:
@@ -83,6 +100,22 @@ class Checkpoints:
                 f"{which} could not be written to {self.directory}; free space there and resume "
                 f"from the last complete one ({reason})"
             ) from error
+
+
+@contextlib.contextmanager
+def _silent_tasks() -> Iterator[None]:
+    """Keeps Orbax's reading tasks from printing their errors, one for each array, when they die.
+
+    The first of them is raised; the others would bury it.
+    """
+    logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
+    disabled = logger.disabled
+    logger.disabled, sys.unraisablehook = True, lambda unraisable: None
+    try:
+        yield
+        gc.collect()
+    finally:
+        logger.disabled, sys.unraisablehook = disabled, hook
 
 
 def as_tree(state: TrainState) -> dict[str, Any]:
