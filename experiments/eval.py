@@ -1,8 +1,11 @@
 """`eval`: how well a trained model predicts text, in bits per byte with every byte scored."""
 
+import contextlib
 import gzip
 import lzma
 import math
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -16,8 +19,16 @@ from deepseek_jax.config import Run
 from deepseek_jax.loss import cross_entropy
 from deepseek_jax.model import Model
 from deepseek_jax.training import TrainState, join
-from experiments.data.batches import ValidationBatches
-from experiments.data.shards import TokenShards, TokenSplit
+from experiments.data import (
+    Tokenizer,
+    TokenShards,
+    TokenSplit,
+    ValidationBatches,
+    load_corpus,
+    load_tokenizer,
+    open_shards,
+    tokenize,
+)
 from experiments.run_directory import RunDirectory
 from experiments.tables import print_table
 
@@ -42,15 +53,17 @@ def evaluate(args: EvalArgs) -> None:
     """Scores text with a checkpoint and prints the figures."""
     directory = RunDirectory(args.run)
     run, state = load_run(directory, step=args.step)
-    split, shards = scored_split(directory, args.data)
-    row = score(run, state, shards, split, batch_size=args.batch_size)
+    with scored_split(directory, args.data) as (split, shards):
+        row = score(run, state, shards, split, batch_size=args.batch_size)
     print_table([row], title=f"{args.run}, step {int(state.step)}", json_path=args.json)
 
 
 def load_run(directory: RunDirectory, *, step: int | None = None) -> tuple[Run, TrainState]:
     """The Run of a directory and the state of a checkpoint of it."""
     run = directory.read_run()
-    checkpoints = Checkpoints(directory.checkpoints, keep=run.keep_checkpoints)
+    if not directory.checkpoints.is_dir():
+        raise ValueError(f"{directory.path} has no checkpoint yet: train it with launch --resume")
+    checkpoints = Checkpoints(directory.checkpoints, keep=None)
     try:
         return run, checkpoints.restore(run, step=step)
     finally:
@@ -62,34 +75,46 @@ def trained_model(run: Run, state: TrainState) -> Model:
     return join(run, state.params if state.ema is None else state.ema, state.biases)
 
 
-def check_tokenizer(directory: RunDirectory, tokenizer_hash: str, where: object) -> None:
-    """Raises a ValueError when a tokenizer is not the one the run was trained with."""
-    trained_with = directory.read_config()["tokenizer"]
-    if tokenizer_hash != trained_with:
+def run_tokenizer(directory: RunDirectory) -> Tokenizer:
+    """The tokenizer that the run was trained with."""
+    tokenizer = load_tokenizer(directory.tokenizer)
+    check_hash(directory, "tokenizer", tokenizer.hash, directory.tokenizer)
+    return tokenizer
+
+
+def recorded_shards(directory: RunDirectory) -> TokenShards:
+    """The tokens that the run was trained on."""
+    paths = [directory.path / path for path in directory.read_config()["shards"]]
+    shards = open_shards(paths)
+    check_hash(directory, "tokenizer", shards.tokenizer_hash, paths[0])
+    check_hash(directory, "corpus", shards.corpus_hash, paths[0])
+    return shards
+
+
+def check_hash(directory: RunDirectory, what: str, found: str, where: Path) -> None:
+    """Raises a ValueError when a tokenizer or corpus is not the one of the checkpoint."""
+    recorded = directory.read_config()[what]
+    trained_with = recorded["hash"] if what == "corpus" else recorded
+    if found != trained_with:
         raise ValueError(
-            f"the tokenizer of {where} ({tokenizer_hash[:12]}) does not match the checkpoint's "
-            f"({trained_with[:12]}): use {directory.tokenizer}"
+            f"the {what} of {where} ({found[:12]}) does not match the checkpoint's "
+            f"({trained_with[:12]}): put the run's own back"
         )
 
 
+@contextlib.contextmanager
 def scored_split(
     directory: RunDirectory, data: tuple[str, ...]
-) -> tuple[TokenSplit, TokenShards]:
+) -> Iterator[tuple[TokenSplit, TokenShards]]:
     """The tokens to score: all of `data`, or the validation split of the run."""
-    from experiments.data import load_corpus, load_tokenizer, open_shards, tokenize
-
     if not data:
-        recorded = directory.read_config()["shards"]
-        shards = open_shards([directory.path / path for path in recorded])
-        check_tokenizer(directory, shards.tokenizer_hash, recorded[0])
-        return shards.validation, shards
-    import tempfile
-
-    tokenizer = load_tokenizer(directory.tokenizer)
-    check_tokenizer(directory, tokenizer.hash, directory.tokenizer)
+        shards = recorded_shards(directory)
+        yield shards.validation, shards
+        return
     corpus = load_corpus(data, validation_fraction=1.0)
-    shards = tokenize(corpus, tokenizer, Path(tempfile.mkdtemp()) / "data")
-    return shards.validation, shards
+    with tempfile.TemporaryDirectory() as folder:
+        shards = tokenize(corpus, run_tokenizer(directory), Path(folder) / "data")
+        yield shards.validation, shards
 
 
 def score(

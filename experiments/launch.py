@@ -1,10 +1,14 @@
 """`launch`: trains a recipe, from text on disk to a report one can read."""
 
+import contextlib
 import dataclasses
+import hashlib
+import io
 import platform
 import shlex
 import sys
 import time
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,21 +17,20 @@ import jax
 import numpy as np
 import tyro
 
-from deepseek_jax.config import Precision, Run, from_json, to_json
+from deepseek_jax.checkpoint import Checkpoints
+from deepseek_jax.config import Precision, Run, Schedule, to_json
 from deepseek_jax.counts import param_counts
 from deepseek_jax.generate import stream
 from deepseek_jax.training import TrainState
 from experiments.command_line import program
-from experiments.data.batches import BatchSource
-from experiments.data import prepare
-from experiments.data.shards import TokenShards, text_bytes
+from experiments.data import BatchSource, TokenShards, is_shards, prepare, text_bytes
 from experiments.data.tokenizer import Tokenizer
 from experiments.display import TrainingDisplay, duration
-from experiments.eval import compressors, score, trained_model
+from experiments.eval import compressors, recorded_shards, score, trained_model
 from experiments.recipes import recipe
 from experiments.run_directory import RunDirectory, check_unchanged
 from experiments.tables import print_table, write_json
-from experiments.train import Stopped, model_summary, train
+from experiments.train import Stopped, first_state, model_summary, train
 
 SAMPLE_TOKENS = 160
 
@@ -67,22 +70,7 @@ class LaunchArgs:
 def launch(args: LaunchArgs) -> None:
     """Prepares data, trains, scores the validation text, samples and writes the report."""
     run, name, directory = plan(args)
-    if not args.resume:
-        directory.create()
-    print(f"preparing data in {directory.data}", flush=True)
-    shards, corpus = prepare(
-        run.data,
-        directory=directory.data,
-        vocab_size=run.config.vocab_size,
-        tokenizer_file=run.tokenizer,
-    )
-    check_vocabulary(run, shards)
-    record = describe(args, run, name, directory, shards, corpus)
-    if args.resume:
-        check_same_data(directory.read_config(), record)
-    elif shards.tokenizer_file is not None:
-        directory.tokenizer.write_bytes(shards.tokenizer_file.read_bytes())
-    directory.write_config(record)
+    shards = training_tokens(run, directory, resume=args.resume)
     source = BatchSource(
         shards,
         seq_len=run.seq_len,
@@ -90,12 +78,21 @@ def launch(args: LaunchArgs) -> None:
         fim_rate=run.fim_rate,
         segments=run.mask_documents,
     )
+    checkpoints = Checkpoints(directory.checkpoints, keep=run.keep_checkpoints)
+    state = first_state(run, checkpoints)
+    check_profile(args.profile, begin=int(state.step), steps=run.steps)
+    record = describe(args, run, name, directory, shards)
+    if not args.resume and shards.tokenizer_file is not None:
+        directory.write_tokenizer(shards.tokenizer_file)
+    directory.write_config(record)
     display = TrainingDisplay(run.steps)
     began = time.perf_counter()
     try:
         state = train(
             run,
+            state,
             directory,
+            checkpoints,
             source,
             display,
             bytes_per_token=shards.train.num_bytes / shards.train.num_tokens,
@@ -115,28 +112,60 @@ def launch(args: LaunchArgs) -> None:
 
 def plan(args: LaunchArgs) -> tuple[Run, str, RunDirectory]:
     """The Run to train, the name of its recipe and where its results go."""
+    if args.steps is not None and args.steps < 1:
+        raise ValueError(f"--steps {args.steps} must be at least 1")
     if args.resume:
         if args.run is None:
             raise ValueError("--resume needs --run: the directory of the run to go on with")
         directory = RunDirectory(args.run)
-        record = directory.read_config()
-        recorded = from_json(Run, record["run"])
-        name = record["recipe"]
-        if args.recipe is None:
-            run = recorded if args.steps is None else dataclasses.replace(
-                recorded, steps=args.steps
-            )
-        else:
+        recorded, name = directory.read_run(), directory.read_config()["recipe"]
+        if args.recipe is not None:
             run = recipe(args.recipe)(args.steps)
+        else:
+            run = dataclasses.replace(recorded, steps=args.steps or recorded.steps)
         run = override(run, args)
         check_unchanged(recorded, run)
         return run, name, directory
     name = (args.recipe or "tiny").replace("-", "_")
-    if args.steps is not None and args.steps < 1:
-        raise ValueError(f"--steps {args.steps} must be at least 1")
     run = override(recipe(name)(args.steps), args)
     path = args.run or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     return run, name, RunDirectory(path)
+
+
+def training_tokens(run: Run, directory: RunDirectory, *, resume: bool) -> TokenShards:
+    """The tokens of the run to resume, or those made from the data into a new directory."""
+    if resume:
+        return recorded_shards(directory)
+    directory.create()
+    print(f"preparing data in {directory.data}", flush=True)
+    shards, _ = prepare(
+        run.data,
+        directory=directory.data,
+        vocab_size=run.config.vocab_size,
+        tokenizer_file=run.tokenizer,
+    )
+    if run.tokenizer is not None:
+        given = hashlib.sha256(Path(run.tokenizer).read_bytes()).hexdigest()
+        if given != shards.tokenizer_hash:
+            raise ValueError(
+                f"the tokenizer {run.tokenizer} ({given[:12]}) did not make the given shards "
+                f"({shards.tokenizer_hash[:12]}): leave out --tokenizer"
+            )
+    if shards.vocab_size > run.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {shards.vocab_size} tokens, the model only "
+            f"vocab_size={run.config.vocab_size}: --set config.vocab_size={shards.vocab_size}"
+        )
+    return shards
+
+
+def check_profile(profile: tuple[int, int] | None, *, begin: int, steps: int) -> None:
+    """Raises when the steps to profile are not among those to come."""
+    if profile is not None and not begin <= profile[0] < profile[1] <= steps:
+        raise ValueError(
+            f"--profile {profile[0]} {profile[1]} must be two rising steps from {begin} to "
+            f"{steps}"
+        )
 
 
 def override(run: Run, args: LaunchArgs) -> Run:
@@ -150,83 +179,81 @@ def override(run: Run, args: LaunchArgs) -> Run:
     if args.precision is not None:
         changes["precision"] = Precision.of(args.precision)
     run = dataclasses.replace(run, **changes)
+    assignments = {}
     for assignment in args.set:
         field, equals, text = assignment.partition("=")
         if not equals:
             raise ValueError(f"--set {assignment!r} must be FIELD=VALUE")
-        run = replace_field(run, field.split("."), text, field)
-    return run
+        assignments[field.replace("-", "_")] = text
+    return replace_fields(run, assignments)
 
 
-def replace_field(value: Any, path: list[str], text: str, field: str) -> Any:
-    """A dataclass with one field, found by its dotted path, parsed from text."""
-    names = [f.name for f in dataclasses.fields(value)]
-    name = path[0].replace("-", "_")
-    if name not in names:
-        raise ValueError(f"unknown field {field}: {type(value).__name__} has {', '.join(names)}")
-    current = getattr(value, name)
-    if len(path) > 1:
+def replace_fields(value: Any, assignments: dict[str, str], where: str = "") -> Any:
+    """A dataclass with fields, named by dotted paths, parsed from text.
+
+    All are put in place before sizes are checked against each other, so their order is free.
+    """
+    kinds = typing.get_type_hints(type(value))
+    changes: dict[str, Any] = {}
+    inner: dict[str, dict[str, str]] = {}
+    for field, text in assignments.items():
+        name, dot, rest = field.partition(".")
+        if name not in kinds:
+            raise ValueError(
+                f"unknown field {where}{field}: {type(value).__name__} has {', '.join(kinds)}"
+            )
+        if dot:
+            inner.setdefault(name, {})[rest] = text
+        else:
+            changes[name] = parse_value(kinds[name], text, f"{where}{field}")
+    for name, below in inner.items():
+        current = changes.get(name, getattr(value, name))
         if not dataclasses.is_dataclass(current):
-            raise ValueError(f"field {field} goes into {name}, which is {current!r}")
-        return dataclasses.replace(
-            value, **{name: replace_field(current, path[1:], text, field)}
-        )
-    kind = type(value).__annotations__[name]
-    return dataclasses.replace(value, **{name: parse_value(kind, text, field)})
+            raise ValueError(f"field {where}{name} is {current!r} and has no {', '.join(below)}")
+        changes[name] = replace_fields(current, below, f"{where}{name}.")
+    return dataclasses.replace(value, **changes)
 
 
 def parse_value(kind: Any, text: str, field: str) -> Any:
     """Text as a value of a field's type; a number for a Schedule is a constant one."""
-    from deepseek_jax.config import Schedule
-
+    if kind is Precision:
+        return Precision.of(text)
     try:
         if kind is Schedule:
             return Schedule.constant(float(text))
-        if kind is Precision:
-            return Precision.of(text)
-        return tyro.cli(kind, args=[text], console_outputs=False)
+        # tyro prints a box of several lines before it gives up; the error below says it in one.
+        with contextlib.redirect_stderr(io.StringIO()):
+            return tyro.cli(kind, args=[text])
     except (ValueError, SystemExit) as error:
-        shown = getattr(kind, "__name__", str(kind))
+        shown = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
         raise ValueError(f"{field}={text!r} is not a {shown}") from error
 
 
-def check_vocabulary(run: Run, shards: TokenShards) -> None:
-    if shards.vocab_size > run.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {shards.vocab_size} tokens, the model only "
-            f"vocab_size={run.config.vocab_size}: --set config.vocab_size={shards.vocab_size}"
-        )
-
-
-def describe(args, run: Run, name: str, directory: RunDirectory, shards, corpus) -> dict[str, Any]:
+def describe(
+    args: LaunchArgs, run: Run, name: str, directory: RunDirectory, shards: TokenShards
+) -> dict[str, Any]:
     """What config.json holds: enough to make the run again and to check that it is the same."""
     counts = param_counts(run.config)
-    paths = [directory.data] if corpus is not None else [Path(p).resolve() for p in run.data]
+    ready = [str(Path(path).resolve()) for path in run.data if is_shards(path)]
+    made = [] if ready and len(ready) == len(run.data) else [directory.data.name]
+    command = f"{program()} {shlex.join(sys.argv[1:])}"
+    if args.resume:
+        recorded = directory.read_config()
+        # Only a resume that changes something is needed to make the run again.
+        same = recorded["run"] == to_json(run)
+        command = recorded["command"] if same else f"{recorded['command']} && {command}"
     return {
         "recipe": name,
-        "command": shlex.join([program(), *sys.argv[1:]]),
+        "command": command,
         "run": to_json(run),
         "corpus": {"hash": shards.corpus_hash, "documents": shards.train.num_documents,
                    "tokens": shards.train.num_tokens, "bytes": shards.train.num_bytes},
         "tokenizer": shards.tokenizer_hash,
-        "shards": [str(p.name) if p == directory.data else str(p) for p in paths],
+        "shards": made + ready,
         "parameters": {"total": counts.total, "active": counts.active},
         "devices": [jax.devices()[0].device_kind],
         "versions": {"python": platform.python_version(), "jax": jax.__version__},
     }
-
-
-def check_same_data(recorded: dict[str, Any], record: dict[str, Any]) -> None:
-    """Raises when a resumed run would see other tokens than the run it goes on with."""
-    for what, old, new in (
-        ("data", recorded["corpus"]["hash"], record["corpus"]["hash"]),
-        ("tokenizer", recorded["tokenizer"], record["tokenizer"]),
-    ):
-        if old != new:
-            raise ValueError(
-                f"the {what} ({new[:12]}) does not match the checkpoint's ({old[:12]}): resume "
-                f"with the same {what}, or start another --run"
-            )
 
 
 def header(run: Run, name: str, record, shards: TokenShards) -> list[tuple[str, Any]]:
@@ -273,7 +300,7 @@ def finish(
         prompt = sample_prompt(shards, tokenizer)
         text = continue_text(run, state, tokenizer, prompt, seed=run.seed)
         summary["sample"] = {"prompt": prompt, "text": text}
-    write_json(directory.summary, summary)
+    directory.write_summary(summary)
     row = {k: v for k, v in summary.items() if k != "sample"}
     print_table([row], title="result", json_path=None)
     if args.json is not None:

@@ -1,7 +1,9 @@
 """What a run leaves on disk: the files of its directory and how they are read back."""
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,10 @@ from experiments.tables import plain, write_json
 
 # May differ when a run goes on: they do not change the numbers of a step.
 FREE_ON_RESUME = ("steps", "checkpoint_every", "keep_checkpoints", "max_skipped")
+
+# What config.json must hold for a run to go on or to be used.
+RECORD = ("recipe", "command", "run", "corpus", "tokenizer", "shards")
+LOST = "copy it again, or start another --run"
 
 
 class RunDirectory:
@@ -33,22 +39,69 @@ class RunDirectory:
             raise ValueError(
                 f"{self.path} holds a run already: go on with --resume, or name another --run"
             )
-        self.path.mkdir(parents=True, exist_ok=True)
+        if self.checkpoints.is_dir() and any(self.checkpoints.iterdir()):
+            raise ValueError(
+                f"{self.path} holds checkpoints of a run without config.json: name another --run"
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"run path {self.path} cannot be made ({error.strerror}): name another --run"
+            ) from error
 
     def write_config(self, record: dict[str, Any]) -> None:
-        write_json(self.config, record)
+        with writing(self.config):
+            write_json(self.config, record)
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        with writing(self.summary):
+            write_json(self.summary, summary)
+
+    def write_tokenizer(self, source: Path) -> None:
+        """Keeps a copy of a tokenizer.json, whole or not at all."""
+        partial = self.path / ".tokenizer.json.partial"
+        with writing(self.tokenizer):
+            try:
+                partial.write_bytes(source.read_bytes())
+                os.replace(partial, self.tokenizer)
+            finally:
+                partial.unlink(missing_ok=True)
 
     def read_config(self) -> dict[str, Any]:
         """The record written at the start of the run."""
         if not self.config.is_file():
-            raise ValueError(f"{self.path} is not the directory of a run: it has no config.json")
+            raise ValueError(
+                f"{self.path} is not the directory of a run (it has no config.json): name one "
+                "that launch has made"
+            )
         try:
-            return json.loads(self.config.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{self.config} is damaged: {error}") from error
+            record = json.loads(self.config.read_text())
+            missing = [field for field in RECORD if field not in record]
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self.config} is damaged ({error}): {LOST}") from error
+        if missing:
+            raise ValueError(f"{self.config} is damaged ({missing[0]} is missing): {LOST}")
+        return record
 
     def read_run(self) -> Run:
-        return from_json(Run, self.read_config()["run"])
+        try:
+            return from_json(Run, self.read_config()["run"])
+        # Values of another type fail where they are first used.
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"{self.config} is damaged ({error}): {LOST}") from error
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Gives an error of the system the name of the file, and says what can be done."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{path} could not be written ({error.strerror}): free space there, then go on with "
+            "--resume"
+        ) from error
 
 
 def check_unchanged(recorded: Run, run: Run) -> None:
@@ -74,19 +127,24 @@ class MetricsLog:
             for line in path.read_bytes().splitlines():
                 try:
                     entry = json.loads(line)
-                except json.JSONDecodeError:
+                except ValueError:
                     break  # the process was killed while it wrote this line
                 if entry["step"] > resume_step:
                     break
                 kept.append(line + b"\n")
+        self._path = path
         partial = path.with_name(f".{path.name}.partial")
-        partial.write_bytes(b"".join(kept))
-        os.replace(partial, path)
+        with writing(path):
+            partial.write_bytes(b"".join(kept))
+            os.replace(partial, path)
         self._file = path.open("a")
 
     def write(self, entry: dict[str, Any]) -> None:
-        self._file.write(json.dumps(plain(entry)) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(json.dumps(plain(entry)) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        # A line that could not be written is tried again here; it has been reported.
+        with contextlib.suppress(OSError):
+            self._file.close()

@@ -10,8 +10,7 @@ import numpy as np
 import tyro
 
 from deepseek_jax.generate import stream
-from experiments.data.tokenizer import load_tokenizer
-from experiments.eval import check_tokenizer, load_run, trained_model
+from experiments.eval import load_run, run_tokenizer, trained_model
 from experiments.run_directory import RunDirectory
 from experiments.tables import write_json
 
@@ -40,8 +39,7 @@ def sample(args: SampleArgs) -> None:
     """Prints the prompt and its continuation as it is made."""
     directory = RunDirectory(args.run)
     run, state = load_run(directory, step=args.step)
-    tokenizer = load_tokenizer(directory.tokenizer)
-    check_tokenizer(directory, tokenizer.hash, directory.tokenizer)
+    tokenizer = run_tokenizer(directory)
     tokens = [int(t) for t in tokenizer.encode(args.prompt)] or [tokenizer.eos]
     new: list[int] = []
     shown = ""

@@ -32,9 +32,22 @@ class Stopped(Exception):
         self.signum, self.step = signum, step
 
 
+def first_state(run: Run, checkpoints: Checkpoints) -> TrainState:
+    """The state of the last complete checkpoint, or that of the start."""
+    if checkpoints.latest is None:
+        return init_state(run)
+    if checkpoints.latest > run.steps:
+        raise ValueError(
+            f"--steps {run.steps} must be at least the {checkpoints.latest} steps already done"
+        )
+    return checkpoints.restore(run)
+
+
 def train(
     run: Run,
+    state: TrainState,
     directory: RunDirectory,
+    checkpoints: Checkpoints,
     source: BatchSource,
     display: TrainingDisplay,
     *,
@@ -42,60 +55,57 @@ def train(
     header: list[tuple[str, Any]],
     profile: tuple[int, int] | None = None,
 ) -> TrainState:
-    """Trains from the last complete checkpoint, or from the start, to run.steps.
+    """Trains from the given state, which is donated, to run.steps; closes the checkpoints.
 
     Raises:
       Stopped: after SIGINT or SIGTERM, with the state saved.
       ValueError: max_skipped steps in a row were not finite; names the first bad tensor.
     """
-    checkpoints = Checkpoints(directory.checkpoints, keep=run.keep_checkpoints)
-    state = init_state(run) if checkpoints.latest is None else checkpoints.restore(run)
-    begin = int(state.step)
-    if begin >= run.steps:
-        display.start(header)
-        display.say(f"all {run.steps} steps are done")
-        checkpoints.close()
-        return state
-    names = parameter_names(state.params)
-    plans = plan_batches(run, begin)
-    batches = prefetch(lambda plan: make_batch(run, source, *plan), plans)
-    step_of = CompiledSteps(run, state)
-    first = next(batches)
-    memory = step_of.memory(first)
-    display.start([*header, ("memory", f"{memory / 2**30:.2f} GiB planned for the step")])
-    measure = Measure(run, bytes_per_token)
-    log = MetricsLog(directory.metrics, resume_step=begin)
-    events = open_events(directory.events, begin)
-    saved, done = begin, begin
-    pending = None  # metrics of the step that is running, read while the next one is under way
-    with contextlib.ExitStack() as stack, StopSignals() as signals:
+    begin = done = int(state.step)
+    with contextlib.ExitStack() as stack:
         stack.callback(checkpoints.close)
-        stack.callback(log.close)
-        stack.callback(events.close)
+        if begin == run.steps:
+            display.start(header)
+            stack.callback(display.stop)
+            display.say(f"all {run.steps} steps are done")
+            return state
+        names = parameter_names(state.params)
+        batches = prefetch(lambda plan: make_batch(run, source, *plan), plan_batches(run, begin))
         stack.callback(batches.close)
+        step_of = CompiledSteps(run, state)
+        first = next(batches)
+        memory = step_of.memory(first)
+        display.start([*header, ("memory", f"{memory / 2**30:.2f} GiB planned for the step")])
         stack.callback(display.stop)
-        measure.start()
+        log = MetricsLog(directory.metrics, resume_step=begin)
+        stack.callback(log.close)
+        events = open_events(directory.events, begin)
+        stack.callback(events.close)
+        tracing = stack.enter_context(contextlib.ExitStack())
+        signals = stack.enter_context(StopSignals())
+        measure = Measure(run, bytes_per_token)
+        pending = None  # metrics of the running step, read while the next one is under way
         for batch in chain(first, batches):
             if profile is not None and done == profile[0]:
-                jax.profiler.start_trace(str(directory.path / "profile"))
+                tracing.enter_context(jax.profiler.trace(str(directory.path / "profile")))
             state, metrics = step_of(state, batch)
             done += 1
             if profile is not None and done == profile[1]:
                 jax.block_until_ready(state)
-                jax.profiler.stop_trace()
+                tracing.close()
             if pending is not None:
                 report(pending, measure, log, events, display, run, names)
             pending = (done, batch["tokens"].shape, metrics)
-            due = done % run.checkpoint_every == 0 or done == run.steps
-            if due or signals.received:
+            stop = signals.received
+            if stop or done % run.checkpoint_every == 0 or done == run.steps:
                 report(pending, measure, log, events, display, run, names)
                 pending = None
                 checkpoints.save(done, state)
-                saved = done
-            if signals.received:
-                checkpoints.wait()
-                raise Stopped(signals.received, saved)
+            if stop:
+                break
         checkpoints.wait()
+        if signals.received:
+            raise Stopped(signals.received, done)
     return state
 
 
@@ -171,7 +181,7 @@ def report(pending, measure, log, events, display, run: Run, names: list[str]) -
 
 
 class Measure:
-    """Turns the device's metrics of a step into the line that is logged."""
+    """Turns the device's metrics of a step into the line that is logged; its clock starts now."""
 
     def __init__(self, run: Run, bytes_per_token: float):
         self._run = run
@@ -182,10 +192,6 @@ class Measure:
             name: train_flops_per_token(run.config, run.seq_len, causal=causal, mtp=True)
             for name, causal in (("mfu_causal", True), ("mfu_full", False))
         }
-        self._last = time.perf_counter()
-
-    def start(self) -> None:
-        """The clock of the first step begins."""
         self._last = time.perf_counter()
 
     def entry(self, step: int, shape: tuple[int, ...], metrics: dict[str, Any]) -> dict[str, Any]:
@@ -244,7 +250,7 @@ def open_events(path: Path, step: int):
         from tensorboardX import SummaryWriter
     except ImportError:
         return NoEvents()
-    return SummaryWriter(str(path), purge_step=step + 1 if step else None)
+    return SummaryWriter(str(path), purge_step=step + 1)
 
 
 def chain(first, rest):
