@@ -1,0 +1,187 @@
+"""Stop and go on: whatever stops a run, resuming it ends bit for bit like one left alone."""
+
+import os
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from experiments import launch
+from experiments.display import TrainingDisplay
+from tests.experiments import runs
+
+RESUME = ("launch", "--resume", "--run")
+
+
+class Child:
+    """The command line in a process of its own."""
+
+    def __init__(self, words, folder, environment):
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "experiments", *words],
+            env=environment, cwd=folder,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+
+    def wait_until(self, condition) -> bool:
+        """False when the process ended first."""
+        deadline = time.monotonic() + 300
+        while not condition():
+            if self.process.poll() is not None:
+                return False
+            assert time.monotonic() < deadline, "the run hangs"
+            time.sleep(0.001)
+        return True
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def end(self) -> None:
+        out, err = self.process.communicate(timeout=300)
+        assert (self.process.returncode, err) == (0, ""), out
+
+
+def lines_of(run) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def is_saving(run) -> bool:
+    """Whether a checkpoint is half written at this moment."""
+    folder = run / "checkpoints"
+    return folder.exists() and any("tmp" in path.name for path in folder.iterdir())
+
+
+def kill_again_and_again(
+    run, words, environment, *, times: int, last: int, draw: random.Random
+) -> int:
+    """Kills as many processes, every other one in a save; how many were in the middle of one."""
+    in_a_save = 0
+    for number in range(times):
+        child = Child(words if number == 0 else [*RESUME, str(run)], run.parent, environment)
+        # Not before this one has done something, and not all at the end.
+        target = last * (number + 1) // (times + 1)
+        child.wait_until(lambda target=target: lines_of(run) >= max(target, 1))
+        if number % 2 == 0:
+            child.wait_until(lambda: is_saving(run))
+        time.sleep(draw.uniform(0, 0.1) if number % 2 else draw.uniform(0, 0.01))
+        child.kill()
+        in_a_save += is_saving(run)
+    Child([*RESUME, str(run)], run.parent, environment).end()
+    return in_a_save
+
+
+def test_a_run_killed_twice_ends_like_one_left_alone(trained, compile_cache, tmp_path):
+    run = tmp_path / "run"
+    words = runs.launch_words(run, trained.data)
+    in_a_save = kill_again_and_again(
+        run, words, runs.child_environment(compile_cache), times=2, last=runs.STEPS,
+        draw=random.Random(1),
+    )
+    assert in_a_save >= 1
+    runs.assert_same_run(run, trained.run)
+    # What was half written is gone.
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["20", "24"]
+
+
+@pytest.mark.slow
+def test_a_run_killed_ten_times_ends_like_one_left_alone(trained, compile_cache, tmp_path):
+    alone, run = tmp_path / "alone", tmp_path / "run"
+    environment = runs.child_environment(compile_cache, optimized=True)
+    Child(runs.launch_words(alone, trained.data, steps=96), tmp_path, environment).end()
+    words = runs.launch_words(run, trained.data, steps=96)
+    in_a_save = kill_again_and_again(
+        run, words, environment, times=10, last=96, draw=random.Random()
+    )
+    assert in_a_save >= 3
+    runs.assert_same_run(run, alone, steps=96)
+
+
+@pytest.fixture
+def signal_at(monkeypatch):
+    """A function that has a signal sent to this process when a step is shown."""
+
+    def at(step: int, signum: int) -> None:
+        update = TrainingDisplay.update
+
+        def updated(self, entry):
+            update(self, entry)
+            if entry["step"] == step:
+                os.kill(os.getpid(), signum)
+
+        monkeypatch.setattr(TrainingDisplay, "update", updated)
+
+    return at
+
+
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
+)
+def test_a_signal_saves_and_says_how_to_go_on(
+    trained, signal_at, monkeypatch, tmp_path, signum, code
+):
+    handlers = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+    signal_at(6, signum)
+    run = tmp_path / "a run"
+    monkeypatch.setattr(launch, "write_report_if_possible", lambda directory: None)
+    stopped, out, err = runs.call(*runs.launch_words(run, trained.data))
+    assert (stopped, err) == (code, "")
+    assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == handlers
+    # Step 7 was under way when step 6 was shown.
+    said, command = out.splitlines()[-1].split("; go on with: ")
+    assert said == "saved after step 7 of 24"
+    assert not (run / "summary.json").exists()
+    assert len(runs.metrics(run)) == 7
+
+    monkeypatch.undo()
+    monkeypatch.setattr(launch, "finish", lambda *args, **kwargs: None)
+    words = shlex.split(command)
+    assert words[:3] == ["python", "-m", "experiments"]
+    resumed, _, err = runs.call(*words[3:])
+    assert (resumed, err) == (0, "")
+    runs.assert_same_run(run, trained.run)
+
+
+def test_a_finished_run_is_finished_again(trained, tmp_path):
+    run = shutil.copytree(trained.run, tmp_path / "run")
+    (run / "summary.json").unlink()
+    code, out, err = runs.call(*RESUME, run)
+    assert (code, err) == (0, "")
+    assert "all 24 steps are done" in out
+    assert (run / "summary.json").exists()
+    assert runs.metrics(run) == runs.metrics(trained.run)
+
+
+def test_a_run_goes_on_for_more_steps(trained, monkeypatch, tmp_path):
+    run = shutil.copytree(trained.run, tmp_path / "run")
+    monkeypatch.setattr(launch, "finish", lambda *args, **kwargs: None)
+    code, _, err = runs.call(*RESUME, run, "--steps", 26)
+    assert (code, err) == (0, "")
+    assert runs.metrics(run)[:24] == runs.metrics(trained.run)
+    assert [entry["step"] for entry in runs.metrics(run)] == list(range(1, 27))
+    # Both commands are needed to make this run again.
+    command = runs.record(run)["command"]
+    assert command == f"{runs.record(trained.run)['command']} && " + (
+        f"python -m experiments launch --resume --run {run} --steps 26"
+    )
+
+
+def test_resuming_needs_neither_the_text_nor_its_place(trained, monkeypatch, tmp_path):
+    run = shutil.copytree(trained.run, tmp_path / "moved")
+    for path in (run / "checkpoints").glob("24"):
+        shutil.rmtree(path)
+    monkeypatch.setattr(launch, "finish", lambda *args, **kwargs: None)
+    hidden = trained.data.rename(trained.data.with_name("hidden"))
+    try:
+        code, _, err = runs.call(*RESUME, run)
+    finally:
+        hidden.rename(trained.data)
+    assert (code, err) == (0, "")
+    runs.assert_same_run(run, trained.run)
+    assert runs.record(run)["command"] == runs.record(trained.run)["command"]
