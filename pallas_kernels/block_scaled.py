@@ -207,6 +207,7 @@ def matmul(
     those of `b_scale_nk` of 32: what is added at their ends is not read.
     """
     num_rows, k = a_MK.shape
+    a_MK = mosaic.pad_rows(a_MK)
     n = b_NK.shape[-2]
     pair = 2 if tiles.pair else 1
     # The memory warpgroup is at most `stages` steps ahead of the weight scales in use.
@@ -217,7 +218,7 @@ def matmul(
     kernel = mosaic.launch(
         functools.partial(_body, tiles=tiles, grouped=bool(table)),
         name=name,
-        out_type=jax.ShapeDtypeStruct((num_rows, n), out_dtype),
+        out_type=jax.ShapeDtypeStruct((a_MK.shape[0], n), out_dtype),
         grid=(cores // pair,),
         grid_names=("cluster",),
         cluster=(pair,),
@@ -242,4 +243,5 @@ def matmul(
         ],
         interpret=interpret,
     )
-    return mosaic.varying_like(a_MK, kernel(a_MK, b_NK, a_scale_kM, b_scale_nk, *table))
+    out_MN = kernel(a_MK, b_NK, a_scale_kM, b_scale_nk, *table)
+    return mosaic.varying_like(a_MK, out_MN)[:num_rows]

@@ -57,6 +57,12 @@ def swizzled(columns: int, dtype: jnp.dtype, width: int = 0) -> tuple:
     return (plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle))
 
 
+def pad_rows(x: jax.Array) -> jax.Array:
+    """Rows of zeros added up to a multiple of 8 if there are more than 8: else Mosaic copies none."""
+    rows = x.shape[0]
+    return x if rows <= 8 or rows % 8 == 0 else jnp.pad(x, ((0, -rows % 8), (0, 0)))
+
+
 def transpose(ref):
     """View of a two-dimensional reference with its dimensions exchanged."""
     return ref.transpose((1, 0)) if hasattr(ref, "transpose") else plgpu.transpose_ref(ref, (1, 0))

@@ -38,7 +38,7 @@ def tiles_of(rows: int, n: int, k: int) -> block_scaled.Tiles:
 # 3 x 96 over DeepGEMM's figures, one H200: 2112 x 7168 877 against 754 TFLOP/s, 24576 x 1536 984
 # against 846, 32768 x 512 857 against 702, 7168 x 16384 970 against 887. Two warpgroups of 128
 # columns reach 754 to 904: the third hides the promotion, which takes two products here.
-GRADIENT_TILES = tile_scaled.Tiles(columns=96, warpgroups=3, stages=4, memory_registers=24)
+GRADIENT_TILES = tile_scaled.Tiles(columns=96, warpgroups=3, stages=4, band=16, memory_registers=24)
 
 
 @functools.partial(jax.jit, static_argnames=("tiles", "cores", "out_dtype", "interpret"))

@@ -60,7 +60,8 @@ def _scale(amax, power_of_two):
 def _encode(x, axis, power_of_two):
     """Codes of a piece in registers, and their scales: one for each index of `axis`."""
     scale = _scale(jnp.max(jnp.abs(x), axis=1 - axis), power_of_two)
-    # The conversion saturates.
+    # The conversion saturates. The reciprocal may be off by one in its last bit (rcp.approx), which
+    # only decides ties; of a power of two it is exact.
     return (x * lax.broadcast_in_dim(1 / scale, x.shape, (axis,))).astype(F8), scale
 
 
@@ -88,6 +89,23 @@ def _swish(gate, up):
     """silu(gate) * up; a square of a root for the quotient: IEEE division takes twice the time."""
     root = lax.rsqrt(1 + lax.exp2(gate * jnp.float32(-math.log2(math.e))))
     return gate * (root * root) * up
+
+
+def _store_line(line_smem, scale_gmem, row, tile):
+    """A tile's scales, those beyond the end of the row left out.
+
+    Mosaic makes a linear copy of a piece of one dimension: it would run on into the next row.
+    """
+    full, rest = divmod(scale_gmem.shape[1], TILE)
+
+    def store(size):
+        source = line_smem.at[pl.ds(0, size)]
+        plgpu.copy_smem_to_gmem(source, scale_gmem.at[row, pl.ds(tile * TILE, size)])
+
+    if full:
+        pl.when(tile < full)(lambda: store(TILE))
+    if rest:
+        pl.when(tile == full)(lambda: store(rest))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +211,7 @@ def _body(*refs, form, tiles, shape, blocks):
         plgpu.commit_smem()
         if form.rows:
             plgpu.copy_smem_to_gmem(code_smem, code_gmem.at[rows, columns])
-            plgpu.copy_smem_to_gmem(scale_smem, scale_gmem.at[column, rows])
+            _store_line(scale_smem, scale_gmem, column, row)
         if form.columns:
             for half in HALVES:
                 x = _transposed(tile_smem.at[tile_slot(slot)], half, identity_smem)
@@ -206,7 +224,7 @@ def _body(*refs, form, tiles, shape, blocks):
                 turned_smem[half], turned_scale_smem[half] = codes, scale
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(turned_smem, turned_gmem.at[columns, rows])
-            plgpu.copy_smem_to_gmem(turned_scale_smem, turned_scale_gmem.at[row, columns])
+            _store_line(turned_scale_smem, turned_scale_gmem, row, column)
         pl.when(i + tiles.stages < count)(lambda: fetch(i + tiles.stages))
 
     lax.fori_loop(0, count, step, None)
@@ -238,6 +256,7 @@ def quantize(
     Both only as the form says. The last dimension of scales is rounded up to a multiple of 4 (TMA).
     """
     num_rows, width, blocks = x[0].shape[0], width or x[0].shape[1], cores * tiles.blocks
+    x = tuple(map(mosaic.pad_rows, x))
     row_tiles, column_tiles = pl.cdiv(num_rows, TILE), pl.cdiv(width, TILE)
     shape_of = jax.ShapeDtypeStruct
     out_type, scratch = [], []
@@ -254,7 +273,7 @@ def quantize(
     tile_width = 0 if form.codes else x[0].shape[1]
     if form.rows:
         out_type += [
-            shape_of((num_rows, column_tiles * TILE), F8),
+            shape_of((x[0].shape[0], column_tiles * TILE), F8),
             shape_of((column_tiles, _up(num_rows, 4)), jnp.float32),
         ]
         scratch += [square, line]
@@ -282,7 +301,8 @@ def quantize(
         interpret=interpret,
     )
     extra = [a for a in (row_M, column_K, counts_m) if a is not None]
-    return tuple(mosaic.varying_like(x[0], out) for out in kernel(*x, *extra))
+    out = [mosaic.varying_like(x[0], array) for array in kernel(*x, *extra)]
+    return (out[0][:num_rows], *out[1:]) if form.rows else tuple(out)
 
 
 def _block_body(w_gmem, code_gmem, scale_gmem, *refs, form, shape, blocks):

@@ -45,12 +45,13 @@ def mask(x_MK: Float[Array, "M K"], counts_m: Int32[Array, "m"] | None) -> Float
 
 
 def tiles(x_MK: Float[Array, "M K"], power_of_two: bool) -> tuple[Array, Array]:
-    """Codes [M, 128 k] and scales [k, M], M rounded up to a multiple of 4."""
+    """Codes [M, 128 k] and scales [k, M], M rounded up to a multiple of 4 by rows of zeros."""
     num_rows = x_MK.shape[0]
-    x_Mkt = pad(x_MK.astype(jnp.float32), (1, TILE)).reshape(num_rows, -1, TILE)
+    x_MK = pad(x_MK.astype(jnp.float32), (4, TILE))
+    x_Mkt = x_MK.reshape(x_MK.shape[0], -1, TILE)
     scale_Mk = scale_of(amax_of(x_Mkt, 2), power_of_two)
     codes_Mkt = encode(x_Mkt, scale_Mk[:, :, None])
-    return codes_Mkt.reshape(num_rows, -1), pad(scale_Mk, (4, 1)).T
+    return codes_Mkt.reshape(x_MK.shape)[:num_rows], scale_Mk.T
 
 
 def decode_tiles(codes_MK, scale_kM) -> Float[Array, "M K"]:

@@ -35,11 +35,16 @@ def case(sizes):
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
 def test_values_and_gradients_do_not_see_the_padding(sizes, accumulate):
     x_MK, dy_MN, w_GNK, sizes_G, groups = case(sizes)
-    weight = quantize_blocks(w_GNK)
     total_GNK = jnp.ones_like(w_GNK)
-    call = lambda x, w: grouped_linear(x, weight, w, sizes_G, accumulate)
-    y_MN, backward = jax.vjp(call, x_MK, total_GNK if accumulate else w_GNK)
-    dx_MK, dw_GNK = backward(dy_MN)
+
+    @jax.jit
+    def step(x, w, total, dy, sizes):
+        call = lambda x, w: grouped_linear(x, weight, w, sizes, accumulate)
+        weight = quantize_blocks(w)
+        y, backward = jax.vjp(call, x, total if accumulate else w)
+        return y, *backward(dy)
+
+    y_MN, dx_MK, dw_GNK = step(x_MK, w_GNK, total_GNK, dy_MN, sizes_G)
     dw_GNK = dw_GNK - 1 if accumulate else dw_GNK
     assert (y_MN.dtype, dx_MK.dtype, dw_GNK.dtype) == (BF16, BF16, F32)
     for group, rows in enumerate(groups):

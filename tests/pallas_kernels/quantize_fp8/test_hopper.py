@@ -26,7 +26,7 @@ shape_of = jax.ShapeDtypeStruct
 BF16, F32, F8 = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn
 
 
-@pytest.mark.parametrize("shape", [(4096, 7168), (520, 2112), (1, 16)], ids=str)
+@pytest.mark.parametrize("shape", [(4096, 7168), (1001, 2112), (1, 16)], ids=str)
 def test_every_form_lowers(shape):
     m, k = shape
     blocks = -(-m // 128)
@@ -75,6 +75,26 @@ def test_other_tiles_lower(blocks, stages):
         name="quantize",
     )
     jax.jit(call).trace((shape_of((256, 512), BF16),)).lower(lowering_platforms=("cuda",))
+
+
+def test_scales_are_stored_within_their_rows(monkeypatch):
+    # A copy of one dimension is linear on the card: past the end it writes the next row.
+    sizes = set()
+    copy = hopper.plgpu.copy_smem_to_gmem
+
+    def record(source, target, **options):
+        if len(target.shape) == 1:
+            assert source.shape == target.shape
+            sizes.add(target.shape[0])
+        return copy(source, target, **options)
+
+    monkeypatch.setattr(hopper.plgpu, "copy_smem_to_gmem", record)
+    for shape, right in (((1001, 2112), {128, 108, 64}), ((3, 16), {4, 16}), ((256, 128), {128})):
+        sizes.clear()
+        with on(HOPPER):
+            call = jax.jit(functools.partial(quantize_tiles, by="both"))
+            call.trace(shape_of(shape, BF16)).lower(lowering_platforms=("cuda",))
+        assert sizes == right
 
 
 def test_fp32_activations_are_refused():
