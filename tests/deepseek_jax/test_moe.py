@@ -1,6 +1,7 @@
 """The router by hand, and experts that lose no token, against a dense computation."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax import moe
-from tests.configs import TINY
+from tests.configs import TINY, compiled
 from tests.oracle import weights
 
 # Six experts in three groups, two groups and two experts a token.
@@ -189,7 +190,7 @@ def test_no_token_is_lost_whatever_the_skew(kind, relative_error, limits):
             return jnp.sum(jnp.sin(y_BTD)), y_BTD
 
         compute = jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)
-        (_, y_BTD), gradients = jax.jit(compute)(x_BTD, weight_BTK, w)
+        (_, y_BTD), gradients = compiled(compute, x_BTD, weight_BTK, w)(x_BTD, weight_BTK, w)
         return y_BTD, gradients
 
     y_BTD, gradients = value_and_gradients(moe.run_experts)
@@ -207,13 +208,13 @@ def test_a_token_gets_the_same_bits_whatever_the_others_choose():
     rng = np.random.RandomState(1)
     x_BTD = jnp.asarray(rng.randn(B, T, TINY.model_dim), jnp.float32)
     w = layer_weights(TINY)
-    run = jax.jit(lambda e, p: moe.run_experts(x_BTD, e, p, **w, num_experts=E))
-    expert_BTK = skewed("random", B, T, 6, E)
-    weight_BTK = jnp.asarray(rng.rand(B, T, 6), jnp.float32)
-    before = run(jnp.asarray(expert_BTK, jnp.int32), weight_BTK)
+    expert_BTK = skewed("random", B, T, 6, E).astype(np.int32)
+    args = x_BTD, expert_BTK, jnp.asarray(rng.rand(B, T, 6), jnp.float32), *w.values()
+    run = compiled(functools.partial(moe.run_experts, num_experts=E), *args)
+    before = run(*args)
     others = expert_BTK.copy()
     others[1:] = others[0, 0]
-    after = run(jnp.asarray(others, jnp.int32), weight_BTK)
+    after = run(x_BTD, others, *args[2:])
     np.testing.assert_array_equal(before[0], after[0])
 
 
