@@ -80,12 +80,12 @@ def test_queries_are_the_last_positions(chunk):
 
 def test_future_tokens_do_not_change_the_past(chunk):
     q, k, v, do = operands()
-    cut = 9
+    step, cut = jax.jit(lambda *args: run(*args)), 9
     later = (jnp.arange(T) >= cut)[None, :, None, None]
     changed = [jnp.where(later, 50 * x + 3, x) for x in (q, k, v)]
-    past = run(q, k, v, do)[0][:, :cut]
-    np.testing.assert_array_equal(past, run(*changed, do)[0][:, :cut])
-    _, dq, dk, dv = run(q, k, v, jnp.where(later, 0.0, do))
+    past = step(q, k, v, do)[0][:, :cut]
+    np.testing.assert_array_equal(past, step(*changed, do)[0][:, :cut])
+    _, dq, dk, dv = step(q, k, v, jnp.where(later, 0.0, do))
     for gradient in (dq, dk, dv):
         assert not np.any(np.asarray(gradient)[:, cut:])
 
@@ -96,7 +96,8 @@ def test_segments_do_not_see_each_other(chunk):
     second = (segments == 1)[:, :, None, None]
     changed = [jnp.where(second, 50 * x + 3, x) for x in (q, k, v)]
     others = segments != 1
-    before, after = run(q, k, v, do, segments)[0], run(*changed, do, segments)[0]
+    step = jax.jit(lambda *args: run(*args)[0])
+    before, after = step(q, k, v, do, segments), step(*changed, do, segments)
     np.testing.assert_array_equal(np.asarray(before)[others], np.asarray(after)[others])
 
 

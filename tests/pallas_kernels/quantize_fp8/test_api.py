@@ -52,7 +52,8 @@ def expected_tiles(x_MK, power_of_two=False):
 @pytest.mark.parametrize("shape", EDGES, ids=str)
 def test_codes_and_scales_of_tiles(shape, power_of_two):
     x_MK = normal(0, shape, jnp.bfloat16) * jnp.exp(normal(1, (shape[0], 1), jnp.bfloat16))
-    rows, columns = quantize_tiles(x_MK, by="both", power_of_two=power_of_two)
+    both = functools.partial(quantize_tiles, by="both", power_of_two=power_of_two)
+    rows, columns = jax.jit(both)(x_MK)
     for found, operand in ((rows, x_MK), (columns, x_MK.T)):
         codes, scales = expected_tiles(operand, power_of_two)
         np.testing.assert_array_equal(float64(found.codes), codes.astype(np.float64))
@@ -75,7 +76,7 @@ def test_one_layout_alone_is_the_same():
 
 def test_blocks_share_codes_with_their_transpose():
     w_GNK = normal(0, (2, 144, 272))
-    w = quantize_blocks(w_GNK)
+    w = jax.jit(quantize_blocks)(w_GNK)
     np.testing.assert_array_equal(
         float64(w.codes)[:, :144, :272], float64(w.transposed)[:, :272, :144].swapaxes(1, 2)
     )
@@ -93,14 +94,14 @@ def test_blocks_share_codes_with_their_transpose():
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf], ids=str)
 def test_what_is_not_finite_makes_its_scale_nan(poison):
     x_MK = normal(0, (M, K), jnp.bfloat16).at[3, 150].set(poison)
-    rows, columns = quantize_tiles(x_MK, by="both")
+    rows, columns = jax.jit(functools.partial(quantize_tiles, by="both"))(x_MK)
     bad_kM = np.zeros(rows.scale.shape, bool)
     bad_kM[1, 3] = True
     np.testing.assert_array_equal(np.isnan(rows.scale), bad_kM)
     bad_mK = np.zeros(columns.scale.shape, bool)
     bad_mK[0, 150] = True
     np.testing.assert_array_equal(np.isnan(columns.scale), bad_mK)
-    w = quantize_blocks(x_MK[:64])
+    w = jax.jit(quantize_blocks)(x_MK[:64])
     assert np.isnan(w.scale[0, 1]) and np.isfinite(w.scale[0, 0])
 
 
@@ -117,12 +118,13 @@ def test_rows_beyond_the_counts_are_zeros_whatever_they_hold():
     x_MK = normal(0, (256, K), jnp.bfloat16)
     zeroed = jnp.where(real_M[:, None], x_MK, 0)
     poisoned = jnp.where(real_M[:, None], x_MK, jnp.nan)
-    right = quantize_tiles(zeroed, by="both")
-    found = quantize_tiles(poisoned, by="both", counts_m=counts_m)
+    both = jax.jit(functools.partial(quantize_tiles, by="both"))
+    again = jax.jit(functools.partial(retile, width=K))
+    right = both(zeroed)
+    found = both(poisoned, counts_m=counts_m)
     jax.tree.map(np.testing.assert_array_equal, found, right)
-    rows = quantize_tiles(poisoned)
-    again = retile(rows, K, counts_m=counts_m)
-    jax.tree.map(np.testing.assert_array_equal, again, retile(right[0], K))
+    turned = again(both(poisoned)[0], counts_m=counts_m)
+    jax.tree.map(np.testing.assert_array_equal, turned, again(right[0]))
 
 
 def test_retiling_quantises_the_decoded_values():
