@@ -179,10 +179,13 @@ def test_fp8_is_refused_by_name():
 # At initialisation.
 
 
+FRESH = ds.configs.tiny()
+
+
 @pytest.fixture(scope="module")
 def first_losses():
-    """Losses of a freshly initialised model on random tokens."""
-    run = make_run(TINY, batch=8)
+    """State and losses of the default run's model, freshly initialised, on random tokens."""
+    run = make_run(FRESH, batch=8, seq_len=64)
     state = compiled(lambda: training._init(run))()
 
     def losses(params, biases, tokens_BS):
@@ -198,10 +201,10 @@ def first_losses():
 
 def test_losses_at_initialisation_are_ln_v(first_losses):
     _, losses = first_losses
-    ln_v = np.log(TINY.vocab_size)
+    ln_v = np.log(FRESH.vocab_size)
     assert float(losses["loss"]) == pytest.approx(ln_v, rel=0.02)
-    # Depth k has T - k targets and divides by T.
-    share = np.mean([(T - k) / T for k in range(1, TINY.num_mtp + 1)])
+    # Depth k has T - k targets and divides by T = 64.
+    share = np.mean([(64 - k) / 64 for k in range(1, FRESH.num_mtp + 1)])
     assert float(losses["mtp_loss"]) == pytest.approx(ln_v * share, rel=0.02)
 
 
@@ -212,15 +215,15 @@ def test_matrices_start_normal_with_the_configured_deviation(first_losses):
         if "norm" in name:
             assert (leaf == 1).all(), name
         else:
-            assert leaf.std() == pytest.approx(TINY.init_std, rel=0.1), name
-            assert abs(leaf.mean()) < 5 * TINY.init_std / leaf.size**0.5, name
+            assert leaf.std() == pytest.approx(FRESH.init_std, rel=0.1), name
+            assert abs(leaf.mean()) < 5 * FRESH.init_std / leaf.size**0.5, name
     assert not any(np.any(bias) for bias in jax.tree.leaves(state.biases))
 
 
 def test_layers_start_different(first_losses):
     state, _ = first_losses
     w_LEFD = np.asarray(state.params["moe"]["ffn"]["w_gate_EFD"])
-    assert len({layer.tobytes() for layer in w_LEFD}) == TINY.num_moe_layers
+    assert len({layer.tobytes() for layer in w_LEFD}) == FRESH.num_moe_layers
     assert not np.array_equal(state.params["embed_VD"], state.params["head_VD"])
 
 
