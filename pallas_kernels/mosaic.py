@@ -58,7 +58,7 @@ def swizzled(columns: int, dtype: jnp.dtype, width: int = 0) -> tuple:
 
 
 def pad_rows(x: jax.Array) -> jax.Array:
-    """Rows of zeros added up to a multiple of 8 if there are more than 8: else Mosaic copies none."""
+    """Rows of zeros added up to a multiple of 8: Mosaic refuses other numbers above 8."""
     rows = x.shape[0]
     return x if rows <= 8 or rows % 8 == 0 else jnp.pad(x, ((0, -rows % 8), (0, 0)))
 
