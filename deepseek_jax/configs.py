@@ -165,13 +165,13 @@ def glm_4_7_flash() -> ModelConfig:
 def tiny() -> ModelConfig:
     """Everything V3 has, small enough to learn source code on two cores in minutes."""
     return ModelConfig(
-        vocab_size=1024,
+        vocab_size=2048,
         model_dim=128,
-        num_layers=4,
+        num_layers=3,
         num_dense_layers=1,
         num_heads=8,
         content_head_dim=16,
-        rotary_head_dim=16,
+        rotary_head_dim=8,
         value_head_dim=16,
         query_latent_dim=96,
         kv_latent_dim=64,
@@ -185,7 +185,7 @@ def tiny() -> ModelConfig:
         route_scale=1.0,
         num_mtp=1,
         max_length=512,
-        init_std=0.02,
+        init_std=0.06,
     )
 
 

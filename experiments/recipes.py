@@ -18,8 +18,8 @@ def warmup_and_decay(
 
 def tiny(steps: int | None = None) -> Run:
     """All of V3 in 2.5 M parameters: learns Python source on two cores in about two minutes."""
-    steps = steps or 500
-    seq_len, batch = 128, 16
+    steps = steps or 1500
+    seq_len, batch = 128, 8
     tokens = steps * seq_len * batch
     return Run(
         config=configs.tiny(),
@@ -27,9 +27,9 @@ def tiny(steps: int | None = None) -> Run:
         seq_len=seq_len,
         micro_batch=batch,
         batch_size=Schedule.constant(batch),
-        learning_rate=warmup_and_decay(4e-3, tokens=tokens, warmup=0.05 * tokens),
-        gamma=Schedule((Phase(0.9 * tokens, 0.005, 0.005), Phase(0, 0.0, 0.0))),
-        checkpoint_every=100,
+        learning_rate=warmup_and_decay(5e-3, tokens=tokens, warmup=0.03 * tokens),
+        gamma=Schedule((Phase(tokens, 0.02, 0.001),)),
+        checkpoint_every=200,
     )
 
 
