@@ -185,7 +185,7 @@ def tiny() -> ModelConfig:
         route_scale=1.0,
         num_mtp=1,
         max_length=512,
-        init_std=0.06,
+        init_std=0.03,
     )
 
 
