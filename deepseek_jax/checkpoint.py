@@ -3,12 +3,12 @@
 A checkpoint holds names, shapes and numbers: it depends on no module class and on no mesh.
 """
 
-import contextlib
-import gc
+import functools
 import logging
 import os
+import shutil
 import sys
-from collections.abc import Iterator
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ import orbax.checkpoint as ocp
 
 from deepseek_jax.config import Run
 from deepseek_jax.training import TrainState, abstract_state, state_shardings
+
+# Orbax begins another file when one has grown to this size.
+LARGEST_FILE = 2**31
 
 
 class Checkpoints:
@@ -52,7 +55,12 @@ class Checkpoints:
         """
         # The copy is made now: the train step donates the state it is given.
         tree = jax.tree.map(lambda x: x.copy(), as_tree(state))
-        self._or_os_error(step, lambda: self._manager.save(step, args=ocp.args.StandardSave(tree)))
+
+        def write():
+            self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
+            self._manager.save(step, args=ocp.args.StandardSave(tree))
+
+        self._or_os_error(step, write)
 
     def wait(self) -> None:
         """Returns when everything is on disk; raises OSError when it cannot be."""
@@ -79,16 +87,27 @@ class Checkpoints:
                 f"{', '.join(map(str, steps))}"
             )
         target = as_tree(_target(run, mesh))
-        with _silent_tasks():
-            try:
-                tree = self._manager.restore(step, args=ocp.args.StandardRestore(target))
-                return TrainState(**{"ema": None, **tree})
-            except Exception as error:
-                reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"checkpoint {self.directory / str(step)} cannot be restored; it is damaged or of "
-            f"another configuration: remove it to go on from an earlier one ({reason})"
-        )
+        try:
+            tree = self._manager.restore(step, args=ocp.args.StandardRestore(target))
+        except Exception as error:
+            _drop_late_errors()
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"checkpoint {self.directory / str(step)} cannot be restored; it is damaged or of "
+                f"another configuration: remove it to go on from an earlier one ({reason})"
+            ) from error
+        return TrainState(**{"ema": None, **tree})
+
+    def _check_room(self, size: int) -> None:
+        """Fails before anything is written where a file or the disk cannot become so large.
+
+        In the midst of writing Orbax's threads would each print what befell them.
+        """
+        with tempfile.TemporaryFile(dir=self.directory) as probe:
+            os.ftruncate(probe.fileno(), min(size, LARGEST_FILE))
+        free = shutil.disk_usage(self.directory).free
+        if free < size:
+            raise OSError(f"{size / 1e9:.3f} GB are needed, {free / 1e9:.3f} GB are free")
 
     def _or_os_error(self, step: int | None, write) -> None:
         try:
@@ -102,20 +121,25 @@ class Checkpoints:
             ) from error
 
 
-@contextlib.contextmanager
-def _silent_tasks() -> Iterator[None]:
-    """Keeps Orbax's reading tasks from printing their errors, one for each array, when they die.
+@functools.cache
+def _drop_late_errors() -> None:
+    """Keeps Orbax's other reading tasks from printing their errors after the first was raised.
 
-    The first of them is raised; the others would bury it.
+    There is one for each array, and they come whenever a task dies, even as the process ends.
     """
-    logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
-    disabled = logger.disabled
-    logger.disabled, sys.unraisablehook = True, lambda unraisable: None
-    try:
-        yield
-        gc.collect()
-    finally:
-        logger.disabled, sys.unraisablehook = disabled, hook
+    before = sys.unraisablehook
+
+    def hook(late, before=before):
+        code = getattr(late.object, "cr_code", None)
+        dropped = "Event loop is closed" in str(late.exc_value) or "orbax" in str(code)
+        if not dropped:
+            before(late)
+
+    sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(
+        lambda record: "tensorstore" not in record.getMessage().lower()
+        and "orbax" not in record.getMessage()
+    )
 
 
 def as_tree(state: TrainState) -> dict[str, Any]:

@@ -84,7 +84,6 @@ def launch(args: LaunchArgs) -> None:
     record = describe(args, run, name, directory, shards)
     if not args.resume and shards.tokenizer_file is not None:
         directory.write_tokenizer(shards.tokenizer_file)
-    directory.write_config(record)
     display = TrainingDisplay(run.steps)
     began = time.perf_counter()
     try:
@@ -95,6 +94,7 @@ def launch(args: LaunchArgs) -> None:
             checkpoints,
             source,
             display,
+            record=record,
             bytes_per_token=shards.train.num_bytes / shards.train.num_tokens,
             header=header(run, name, record, shards),
             profile=args.profile,

@@ -85,10 +85,11 @@ class RunDirectory:
         return record
 
     def read_run(self) -> Run:
+        record = self.read_config()
         try:
-            return from_json(Run, self.read_config()["run"])
+            return from_json(Run, record["run"])
         # Values of another type fail where they are first used.
-        except (TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.config} is damaged ({error}): {LOST}") from error
 
 

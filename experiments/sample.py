@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import tyro
 
-from deepseek_jax.generate import stream
+from deepseek_jax.generate import check_prompt, stream
 from experiments.eval import load_run, run_tokenizer, trained_model
 from experiments.run_directory import RunDirectory
 from experiments.tables import write_json
@@ -41,15 +41,17 @@ def sample(args: SampleArgs) -> None:
     run, state = load_run(directory, step=args.step)
     tokenizer = run_tokenizer(directory)
     tokens = [int(t) for t in tokenizer.encode(args.prompt)] or [tokenizer.eos]
+    prompt_BT, key = np.asarray([tokens], np.int32), jax.random.key(args.seed)
+    check_prompt(run.config, prompt_BT, args.max_new_tokens, args.temperature, key)
     new: list[int] = []
     shown = ""
     sys.stdout.write(args.prompt)
     for token_B in stream(
         trained_model(run, state),
-        np.asarray([tokens], np.int32),
+        prompt_BT,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
-        key=jax.random.key(args.seed),
+        key=key,
     ):
         if int(token_B[0]) == tokenizer.eos:
             break

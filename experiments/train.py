@@ -51,11 +51,14 @@ def train(
     source: BatchSource,
     display: TrainingDisplay,
     *,
+    record: dict[str, Any],
     bytes_per_token: float,
     header: list[tuple[str, Any]],
     profile: tuple[int, int] | None = None,
 ) -> TrainState:
     """Trains from the given state, which is donated, to run.steps; closes the checkpoints.
+
+    The record becomes config.json when the step is compiled: what cannot run leaves no run.
 
     Raises:
       Stopped: after SIGINT or SIGTERM, with the state saved.
@@ -65,6 +68,7 @@ def train(
     with contextlib.ExitStack() as stack:
         stack.callback(checkpoints.close)
         if begin == run.steps:
+            directory.write_config(record)
             display.start(header)
             stack.callback(display.stop)
             display.say(f"all {run.steps} steps are done")
@@ -75,6 +79,7 @@ def train(
         step_of = CompiledSteps(run, state)
         first = next(batches)
         memory = step_of.memory(first)
+        directory.write_config(record)
         display.start([*header, ("memory", f"{memory / 2**30:.2f} GiB planned for the step")])
         stack.callback(display.stop)
         log = MetricsLog(directory.metrics, resume_step=begin)

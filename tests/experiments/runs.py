@@ -24,8 +24,8 @@ SETTINGS = """
 config.vocab_size=300 config.model_dim=16 config.num_layers=1 config.num_dense_layers=0
 config.num_heads=2 config.content_head_dim=6 config.rotary_head_dim=4 config.value_head_dim=5
 config.query_latent_dim=12 config.kv_latent_dim=8 config.expert_ffn_dim=10 config.num_experts=8
-config.num_mtp=1 config.max_length=64 seq_len=20 micro_batch=2 batch_size=4 learning_rate=0.01
-ema_decay=0.5 mask_documents=True keep_checkpoints=2
+config.num_mtp=1 config.max_length=64 config.init_std=0.02 seq_len=20 micro_batch=2 batch_size=4
+learning_rate=0.01 ema_decay=0.5 mask_documents=True keep_checkpoints=2
 """.split() + [f"checkpoint_every={EVERY}"]
 # What depends on the clock, and nothing else, may differ between two runs.
 TIMES = ("seconds", "tokens_per_second", "mfu_causal", "mfu_full")

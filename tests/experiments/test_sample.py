@@ -1,0 +1,82 @@
+"""`sample`: streams exactly what `generate` returns."""
+
+import io
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from deepseek_jax.generate import generate
+from experiments.data import load_tokenizer
+from experiments.eval import load_run, trained_model
+from experiments.run_directory import RunDirectory
+from experiments.sample import SampleArgs, sample
+from tests.experiments import runs
+
+
+@pytest.fixture(scope="module")
+def model(trained):
+    return trained_model(*load_run(RunDirectory(trained.run)))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_it_prints_what_generate_returns(trained, model, tmp_path, temperature):
+    words = ["--prompt", "abc de", "--temperature", temperature, "--seed", 5]
+    path = tmp_path / "out.json"
+    code, out, err = runs.call(
+        "sample", trained.run, *words, "--max-new-tokens", 12, "--json", path
+    )
+    assert (code, err) == (0, "")
+    tokenizer = load_tokenizer(trained.run / "tokenizer.json")
+    prompt_BT = np.asarray([tokenizer.encode("abc de")], np.int32)
+    [tokens] = np.asarray(
+        generate(
+            model, prompt_BT, max_new_tokens=12, temperature=temperature, key=jax.random.key(5)
+        )
+    ).tolist()
+    if tokenizer.eos in tokens:
+        tokens = tokens[: tokens.index(tokenizer.eos)]
+    written = json.loads(path.read_text())
+    assert written == {"prompt": "abc de", "text": tokenizer.decode(tokens), "tokens": tokens}
+    assert out == "abc de" + tokenizer.decode(tokens) + "\n"
+
+
+def test_another_seed_draws_another_text(trained):
+    texts = {
+        runs.call("sample", trained.run, "--max-new-tokens", 12, "--seed", seed)[1]
+        for seed in range(3)
+    }
+    assert len(texts) == 3
+
+
+class Recorder(io.StringIO):
+    """Remembers what had been written at each flush."""
+
+    def __init__(self):
+        super().__init__()
+        self.flushed = []
+
+    def flush(self):
+        self.flushed.append(self.getvalue())
+
+
+def test_text_appears_token_by_token_and_characters_whole(trained, monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setattr(sys, "stdout", recorder)
+    sample(SampleArgs(run=trained.run, prompt="abc", max_new_tokens=20, seed=1))
+    assert len(set(recorder.flushed)) > 5
+    for shorter, longer in zip(recorder.flushed, recorder.flushed[1:], strict=False):
+        assert longer.startswith(shorter) and not shorter.endswith("\ufffd")
+
+
+def test_an_empty_prompt_begins_a_document(trained, model):
+    code, out, err = runs.call(
+        "sample", trained.run, "--prompt", "", "--max-new-tokens", 8, "--temperature", 0
+    )
+    assert (code, err) == (0, "")
+    tokenizer = load_tokenizer(trained.run / "tokenizer.json")
+    [tokens] = generate(model, np.asarray([[tokenizer.eos]]), max_new_tokens=8).tolist()
+    tokens = tokens[: tokens.index(tokenizer.eos)] if tokenizer.eos in tokens else tokens
+    assert out == tokenizer.decode(tokens) + "\n"
