@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import resource
 import sys
 from pathlib import Path
 from unittest import mock
@@ -61,6 +62,17 @@ def call(*words: object) -> tuple[int, str, str]:
             except SystemExit as stop:
                 code = stop.code
     return code, out.getvalue(), err.getvalue()
+
+
+@contextlib.contextmanager
+def files_limited_to(size):
+    """No file of this process can grow beyond a size."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def child_environment(cache: Path, *, optimized: bool = False) -> dict[str, str]:

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from deepseek_jax.config import Run, from_json, to_json
+from experiments import launch
 from tests.experiments import runs
 
 FIELDS = {
@@ -77,7 +78,8 @@ def test_the_summary_says_how_it_went(summary):
     assert set(summary["sample"]) == {"prompt", "text"}
 
 
-def test_token_shards_as_data_give_the_same_run(trained, summary, tmp_path):
+def test_token_shards_as_data_give_the_same_run(trained, summary, monkeypatch, tmp_path):
+    monkeypatch.setattr(launch, "write_report_if_possible", lambda directory: None)
     words = runs.launch_words(tmp_path / "run", trained.run / "data", "--json",
                               str(tmp_path / "summary.json"))
     code, _, err = runs.call(*words)
@@ -91,7 +93,8 @@ def test_token_shards_as_data_give_the_same_run(trained, summary, tmp_path):
     assert not (tmp_path / "run" / "data").exists()
 
 
-def test_text_beside_token_shards_is_tokenised_like_them(trained, tmp_path):
+def test_text_beside_token_shards_is_tokenised_like_them(trained, monkeypatch, tmp_path):
+    monkeypatch.setattr(launch, "write_report_if_possible", lambda directory: None)
     more = runs.write_text(tmp_path / "more")
     (more / "new.txt").write_text("a document that the shards do not hold\n" * 20)
     words = runs.launch_words(tmp_path / "run", trained.run / "data", settings=("steps=1",))
@@ -117,8 +120,12 @@ class Blocked:
             raise ModuleNotFoundError(f"{name} is not to be imported")
 
 sys.meta_path.insert(0, Blocked())
+from experiments import recipes
 from experiments.__main__ import main
-for words in sys.argv[1:]:
+from experiments.run_directory import RunDirectory
+
+recipes.RECIPES["small"] = lambda steps, run=sys.argv[1]: RunDirectory(run).read_run()
+for words in sys.argv[2:]:
     sys.argv = ["experiments/__main__.py", *words.split()]
     code = main()
     if code:
@@ -131,10 +138,10 @@ def test_shards_and_benchmarks_need_no_tokenizers_grain_or_plots(
 ):
     commands = [
         " ".join(runs.launch_words(tmp_path / "run", trained.run / "data")),
-        "bench train tiny --steps 1 --batch 1 --mtp 0",
+        "bench train small --steps 1 --mtp 0",
     ]
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", LEAN, *commands],
+        [sys.executable, "-W", "error", "-c", LEAN, str(trained.run), *commands],
         env=runs.child_environment(compile_cache), cwd=tmp_path, capture_output=True, text=True,
     )
     assert (done.returncode, done.stderr) == (0, "")

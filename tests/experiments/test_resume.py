@@ -137,8 +137,9 @@ def test_a_signal_saves_and_says_how_to_go_on(
     said, command = out.splitlines()[-1].split("; go on with: ")
     assert said == "saved after step 7 of 24"
     assert not (run / "summary.json").exists()
-    assert len(runs.metrics(run)) == 7
-
+    assert runs.metrics(run) == runs.metrics(trained.run)[:7]
+    if signum == signal.SIGTERM:
+        return  # what follows is the same for both
     monkeypatch.undo()
     monkeypatch.setattr(launch, "finish", lambda *args, **kwargs: None)
     words = shlex.split(command)

@@ -1,10 +1,8 @@
 """What a run leaves on disk is read back whole, or not at all."""
 
-import contextlib
 import dataclasses
 import json
 import os
-import resource
 
 import pytest
 
@@ -12,23 +10,13 @@ import deepseek_jax as ds
 from deepseek_jax.config import to_json
 from experiments import recipes
 from experiments.run_directory import MetricsLog, RunDirectory, check_unchanged
+from tests.experiments import runs
 
 RUN = recipes.tiny(10)
 
 
 def entries(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-@contextlib.contextmanager
-def files_limited_to(size):
-    """No file of this process can grow beyond a size."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +51,7 @@ def test_each_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
 
 def test_metrics_on_a_full_disk_name_the_file(tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl", resume_step=0)
-    with files_limited_to(10), pytest.raises(OSError, match="metrics.jsonl could not be written"):
+    with runs.files_limited_to(10), pytest.raises(OSError, match="metrics.jsonl could not be"):
         log.write({"step": 1, "loss": 0.25})
     log.close()
 
@@ -71,7 +59,7 @@ def test_metrics_on_a_full_disk_name_the_file(tmp_path):
 @pytest.mark.parametrize("write", ["write_config", "write_summary"])
 def test_a_record_on_a_full_disk_is_whole_or_absent(tmp_path, write):
     directory = RunDirectory(tmp_path)
-    with files_limited_to(10), pytest.raises(OSError, match=".json could not be written"):
+    with runs.files_limited_to(10), pytest.raises(OSError, match=".json could not be written"):
         getattr(directory, write)({"recipe": "tiny", "steps": 100})
     assert os.listdir(tmp_path) == []
 
@@ -81,7 +69,7 @@ def test_a_tokenizer_on_a_full_disk_is_whole_or_absent(tmp_path):
     source.write_text("x" * 100)
     directory = RunDirectory(tmp_path / "run")
     directory.create()
-    with files_limited_to(10), pytest.raises(OSError, match="json could not be written"):
+    with runs.files_limited_to(10), pytest.raises(OSError, match="json could not be written"):
         directory.write_tokenizer(source)
     assert os.listdir(tmp_path / "run") == []
 
