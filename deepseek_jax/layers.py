@@ -42,10 +42,10 @@ def embed(
     return shard(rows(tokens_BT, embed_VD).astype(dtype), "BTD")
 
 
-def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """SiLU(gate) * up, computed in FP32."""
-    gate32 = gate.astype(jnp.float32)
-    return (jax.nn.silu(gate32) * up.astype(jnp.float32)).astype(gate.dtype)
+def swiglu(gate: jax.Array, up: jax.Array, weight: jax.Array | None = None) -> jax.Array:
+    """SiLU(gate) * up, times the routing weight where there is one; computed in FP32."""
+    hidden = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+    return (hidden if weight is None else hidden * weight).astype(gate.dtype)
 
 
 class FeedForward(nnx.Module):

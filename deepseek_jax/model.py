@@ -1,6 +1,6 @@
 """DeepSeek-V3: embedding, dense and MoE blocks, final norm, head, multi-token prediction."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +77,7 @@ class Model(nnx.Module):
                 self.head(h_BTD[:, : T - k]) for k, h_BTD in enumerate(depths, start=1)
             )
             aux = with_load(aux, load)
-        return self.head(x_BTD), _replace(aux, mtp_logits=mtp_logits)
+        return self.head(x_BTD), replace(aux, mtp_logits=mtp_logits)
 
     def hidden(
         self,
@@ -92,7 +92,7 @@ class Model(nnx.Module):
         config = self.config
         x_BTD = embed(tokens_BT, self.embed_VD[...], self.dtype)
         turns = rotations(positions(tokens_BT.shape[1]), config)
-        layers_BTD, caches, loads = [x_BTD[None]], [], []
+        layers_LBTD, caches, loads = [x_BTD[None]], [], []
 
         def keep(output):
             return (
@@ -108,17 +108,17 @@ class Model(nnx.Module):
                 x_BTD, (xs_LBTD, cache_LBTY, load) = run_stack(
                     blocks, x_BTD, turns, keep=keep, remat=remat, segments_BT=segments_BT
                 )
-            layers_BTD.append(xs_LBTD)
+            layers_LBTD.append(xs_LBTD)
             caches.append(cache_LBTY)
             loads.append(load)
         x_BTD = rms_norm(x_BTD, self.final_norm_D[...], config.norm_eps)
         aux = with_load(Aux(jnp.zeros((0, config.num_experts), jnp.int32), jnp.zeros(())),
                         loads[-1])
         if every_layer:
-            layers_LBTD = jnp.concatenate((*layers_BTD,), axis=0)
-            aux = _replace(aux, hidden_LBTD=jnp.concatenate((layers_LBTD[:-1], x_BTD[None])))
+            layers_LBTD = jnp.concatenate(layers_LBTD)
+            aux = replace(aux, hidden_LBTD=jnp.concatenate((layers_LBTD[:-1], x_BTD[None])))
         if latents:
-            aux = _replace(aux, latent_LBTY=jnp.concatenate(caches))
+            aux = replace(aux, latent_LBTY=jnp.concatenate(caches))
         return x_BTD, aux
 
     def predict_ahead(
@@ -178,12 +178,8 @@ def with_load(aux: Aux, load: Load | None) -> Aux:
     """`aux` with the load of further layers, stacked on L, added at the end."""
     if load is None:
         return aux
-    return _replace(
+    return replace(
         aux,
         expert_counts_LE=jnp.concatenate((aux.expert_counts_LE, load.counts_E)),
         sequence_loss=aux.sequence_loss + jnp.sum(load.sequence_loss),
     )
-
-
-def _replace(aux: Aux, **changes) -> Aux:
-    return Aux(**{**vars(aux), **changes})

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.layers import FeedForward, RoutingBias, normal
+from deepseek_jax.layers import FeedForward, RoutingBias, normal, swiglu
 from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.mosaic import target
 from sharding import local
@@ -172,9 +172,7 @@ def run_experts(
     w_M = dispatch_choices(weight_BTK.reshape(B * T, K), layout)
     gate_MF = checkpoint_name(matmul(x_MD, w_gate_EFD), "ffn_hidden")
     up_MF = checkpoint_name(matmul(x_MD, w_up_EFD), "ffn_hidden")
-    hidden_MF = (
-        jax.nn.silu(gate_MF.astype(jnp.float32)) * up_MF.astype(jnp.float32) * w_M[:, None]
-    ).astype(x_BTD.dtype)
+    hidden_MF = swiglu(gate_MF, up_MF, w_M[:, None])
     return combine(matmul(hidden_MF, w_down_EDF), layout).reshape(B, T, D)
 
 

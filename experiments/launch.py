@@ -23,14 +23,14 @@ from deepseek_jax.counts import param_counts
 from deepseek_jax.generate import stream
 from deepseek_jax.training import TrainState
 from experiments.command_line import program
-from experiments.data import BatchSource, TokenShards, is_shards, prepare, text_bytes
+from experiments.data import TokenShards, is_shards, prepare, text_bytes
 from experiments.data.tokenizer import Tokenizer
 from experiments.display import TrainingDisplay, duration
 from experiments.eval import compressors, recorded_shards, score, trained_model
 from experiments.recipes import recipe
 from experiments.run_directory import RunDirectory, check_unchanged
 from experiments.tables import print_table, write_json
-from experiments.train import Stopped, first_state, model_summary, train
+from experiments.train import Stopped, batch_source, first_state, model_summary, train
 
 SAMPLE_TOKENS = 160
 
@@ -71,13 +71,7 @@ def launch(args: LaunchArgs) -> None:
     """Prepares data, trains, scores the validation text, samples and writes the report."""
     run, name, directory = plan(args)
     shards = training_tokens(run, directory, resume=args.resume)
-    source = BatchSource(
-        shards,
-        seq_len=run.seq_len,
-        seed=run.seed,
-        fim_rate=run.fim_rate,
-        segments=run.mask_documents,
-    )
+    source = batch_source(run, shards)
     checkpoints = Checkpoints(directory.checkpoints, keep=run.keep_checkpoints)
     state = first_state(run, checkpoints)
     check_profile(args.profile, begin=int(state.step), steps=run.steps)

@@ -16,6 +16,7 @@ from deepseek_jax.config import ModelConfig, Run
 from deepseek_jax.counts import train_flops_per_token
 from deepseek_jax.training import TrainState, init_state, make_train_step, parameter_names
 from experiments.data.batches import BatchSource, prefetch
+from experiments.data.shards import TokenShards
 from experiments.display import TrainingDisplay
 from experiments.run_directory import MetricsLog, RunDirectory
 from sharding.hardware import peak_flops
@@ -114,6 +115,17 @@ def train(
     return state
 
 
+def batch_source(run: Run, shards: TokenShards) -> BatchSource:
+    """The training sequences of a run."""
+    return BatchSource(
+        shards,
+        seq_len=run.seq_len,
+        seed=run.seed,
+        fim_rate=run.fim_rate,
+        segments=run.mask_documents,
+    )
+
+
 def plan_batches(run: Run, begin: int) -> Iterator[tuple[int, int]]:
     """(first sequence, micro-batches) of every step from `begin` on."""
     position = run.position_at(begin)
@@ -189,10 +201,8 @@ class Measure:
     """Turns the device's metrics of a step into the line that is logged; its clock starts now."""
 
     def __init__(self, run: Run, bytes_per_token: float):
-        self._run = run
         self._bytes_per_token = bytes_per_token
-        peak = peak_flops(jax.devices()[0].device_kind)
-        self._peak = peak and peak * len(jax.devices()[:1])
+        self._peak = peak_flops(jax.devices()[0].device_kind)
         self._flops = {
             name: train_flops_per_token(run.config, run.seq_len, causal=causal, mtp=True)
             for name, causal in (("mfu_causal", True), ("mfu_full", False))

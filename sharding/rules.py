@@ -40,7 +40,7 @@ ACTIVATIONS: Table = (
 )
 
 # Every device scores its tokens against all experts, so the router keeps E whole.
-EXCEPTIONS = {"router_ED": "_D", "bias_E": "_"}
+EXCEPTIONS = {"router_ED": "D"}
 
 
 def letters_of(name: str) -> str:
@@ -76,7 +76,6 @@ def weight_spec(
     name: str, shape: tuple[int, ...], table: Table, axis_sizes: Mapping[str, int]
 ) -> PartitionSpec:
     """The PartitionSpec of a named weight. Vectors (norms) are small and stay whole."""
-    letters = EXCEPTIONS.get(name, letters_of(name)).removeprefix("_")
-    if len(letters_of(name)) == 1:
-        letters = ""
-    return spec(letters, shape, table, axis_sizes)
+    letters = letters_of(name)
+    split = EXCEPTIONS.get(name, letters) if len(letters) > 1 else ""
+    return spec(split, shape, table, axis_sizes)

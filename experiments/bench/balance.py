@@ -15,13 +15,13 @@ import tyro
 
 from deepseek_jax.config import Run, Schedule
 from deepseek_jax.training import init_state
-from experiments.data import BatchSource, TokenShards, prefetch, prepare
+from experiments.data import TokenShards, prefetch, prepare
 from experiments.display import TrainingDisplay
 from experiments.eval import score
 from experiments.plots import smooth
 from experiments.recipes import recipe
 from experiments.tables import print_table, write_json
-from experiments.train import CompiledSteps, make_batch, plan_batches
+from experiments.train import CompiledSteps, batch_source, make_batch, plan_batches
 
 LAST = 100  # steps whose load is judged
 MOST_LOAD = 1.4  # the busiest expert over the mean, with the bias
@@ -121,13 +121,7 @@ def train_one(
     run: Run, shards: TokenShards, start, step_of: CompiledSteps, display, before: int, bias: bool
 ) -> Trained:
     """One run from its start to its validation loss; `before` steps were made by earlier ones."""
-    source = BatchSource(
-        shards,
-        seq_len=run.seq_len,
-        seed=run.seed,
-        fim_rate=run.fim_rate,
-        segments=run.mask_documents,
-    )
+    source = batch_source(run, shards)
     # A copy: the step takes the memory of the state it is given.
     state = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), start)
     counts, losses = [], []

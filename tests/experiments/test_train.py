@@ -89,7 +89,7 @@ def test_the_settings_of_the_data_reach_it(trained, monkeypatch, tmp_path, setti
     def source(shards, *, seq_len, seed, fim_rate, segments):
         raise Seen(seq_len, fim_rate, segments, seed)
 
-    monkeypatch.setattr("experiments.launch.BatchSource", source)
+    monkeypatch.setattr("experiments.train.BatchSource", source)
     words = runs.launch_words(tmp_path / "run", trained.run / "data", settings=settings)
     with pytest.raises(Seen) as seen:
         runs.call(*words)

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.grouped_matmul import grouped_matmul, hopper
+from tests.pallas_kernels import lowering
 
 ROOT = Path(__file__).resolve().parents[3]
-HOPPER = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
 # The peer-sized model's experts (1408 of 2048), V3's (2048 of 7168), and the benchmark's.
 SHAPES = [(64, 1408, 2048), (64, 2048, 1408), (8, 2048, 7168), (8, 7168, 2048), (32, 4096, 7168)]
 SHAPES += [(3, 192, 64)]
@@ -22,15 +22,7 @@ shape_of = jax.ShapeDtypeStruct
 
 def kernels_in(function, *shapes) -> int:
     """Kernels in the program made for a Hopper GPU on this machine."""
-    auto = (jax.sharding.AxisType.Auto,)
-    mesh = jax.sharding.AbstractMesh((2,), ("data",), auto, abstract_device=HOPPER)
-    spec = jax.sharding.PartitionSpec
-    local = jax.shard_map(
-        function, mesh=mesh, in_specs=spec("data"), out_specs=spec("data"), check_vma=True
-    )
-    shapes = [shape_of((2 * x.shape[0], *x.shape[1:]), x.dtype) for x in shapes]
-    program = jax.jit(local).trace(*shapes).lower(lowering_platforms=("cuda",))
-    return program.as_text().count("@mosaic_gpu_v2")
+    return lowering.kernels_in(lowering.program(function, *shapes))
 
 
 @pytest.mark.parametrize("w_dtype", [jnp.float32, jnp.bfloat16], ids=["master-fp32", "bf16"])
@@ -86,10 +78,9 @@ def test_odd_tiles_are_refused():
     ids=["n", "k", "alignment"],
 )
 def test_unsupported_shapes_are_refused(rows, n, k, alignment, message):
-    mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=HOPPER)
     x_MK, w_GNK = jnp.zeros((rows, k), jnp.bfloat16), jnp.zeros((1, n, k), jnp.bfloat16)
     sizes_G = jnp.array([3], jnp.int32)
-    with jax.sharding.use_abstract_mesh(mesh), pytest.raises(NotImplementedError, match=message):
+    with lowering.on(lowering.HOPPER), pytest.raises(NotImplementedError, match=message):
         grouped_matmul(x_MK, w_GNK, sizes_G, alignment=alignment)
 
 
