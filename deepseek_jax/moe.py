@@ -13,8 +13,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.layers import FeedForward, RoutingBias, normal, swiglu
-from pallas_kernels.grouped_matmul.api import grouped_matmul
+from deepseek_jax.experts import expert_ffn
+from deepseek_jax.layers import FeedForward, RoutingBias, normal
 from pallas_kernels.mosaic import target
 from sharding import local
 from sharding.expert_parallel import combine, dispatch, dispatch_choices, plan_rows
@@ -154,10 +154,7 @@ def sequence_loss(score_BTE, config: ModelConfig, valid_BT) -> Float[Array, ""]:
 def run_experts(
     x_BTD, expert_BTK, weight_BTK, w_gate_EFD, w_up_EFD, w_down_EDF, *, num_experts: int
 ) -> Float[Array, "B T D"]:
-    """sum_k weight_k FFN_k(x) of each token, on one device's tokens.
-
-    The routing weight is multiplied into the SwiGLU output, so combine is a plain sum.
-    """
+    """sum_k weight_k FFN_k(x) of each token, on one device's tokens."""
     if w_gate_EFD.shape[0] < num_experts:
         axis = num_experts // w_gate_EFD.shape[0]
         raise NotImplementedError(f"mesh axis expert={axis} is not available yet: use expert=1")
@@ -165,15 +162,11 @@ def run_experts(
     K = expert_BTK.shape[-1]
     alignment = row_alignment(B * T * K, num_experts)
     layout = plan_rows(expert_BTK.reshape(B * T, K), num_experts, alignment)
-    matmul = functools.partial(
-        grouped_matmul, group_sizes_G=layout.group_sizes_E, alignment=alignment
-    )
     x_MD = checkpoint_name(dispatch(x_BTD.reshape(B * T, D), layout), "expert_input")
-    w_M = dispatch_choices(weight_BTK.reshape(B * T, K), layout)
-    gate_MF = checkpoint_name(matmul(x_MD, w_gate_EFD), "ffn_hidden")
-    up_MF = checkpoint_name(matmul(x_MD, w_up_EFD), "ffn_hidden")
-    hidden_MF = swiglu(gate_MF, up_MF, w_M[:, None])
-    return combine(matmul(hidden_MF, w_down_EDF), layout).reshape(B, T, D)
+    weight_M = dispatch_choices(weight_BTK.reshape(B * T, K), layout)
+    weights = (w_gate_EFD, w_up_EFD, w_down_EDF)
+    y_MD = expert_ffn(x_MD, weight_M, weights, layout.group_sizes_E, alignment)
+    return combine(y_MD, layout).reshape(B, T, D)
 
 
 def row_alignment(num_rows: int, num_experts: int) -> int:
