@@ -1,0 +1,7 @@
+"""Networks of switches and nodes: how they are built, who pays what, how long a transfer takes.
+
+The alphabet of array names: S switches, C cables between switches, E endpoints (the ports of
+NICs), L directed links, D neighbours of a switch, F flows, R routes of their parts, P links of a
+route, K paths or choices, H hops, M nodes, I (and J) NICs and GPUs of a node, G all GPUs, T
+tokens of a GPU. Bytes, seconds, and bytes per second of one direction.
+"""

@@ -1,0 +1,65 @@
+"""What is lost when a part of a network breaks: endpoints, pairs of nodes, bandwidth."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from sharding.network.cluster import Cluster
+from sharding.network.collectives import exchange
+from sharding.network.flows import finish_seconds
+from sharding.network.paths import FAR, distances
+from sharding.network.routing import Policy
+from sharding.network.topology import Topology
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What is left of a cluster after parts of it broke."""
+
+    cut_off: int  # NICs with no way to another node
+    nodes_apart: int  # pairs of nodes that no longer reach each other
+    slowdown: float  # of an all-to-all between the nodes, infinite when some are apart
+    longer: int  # hops that the longest path between nodes gained
+
+
+def damage(cluster: Cluster, *, policy: Policy = "adaptive", **broken) -> Damage:
+    """Compares the cluster with itself when `switches`, `cables` or `endpoints` are broken."""
+    after = cluster.without(**broken)
+    part_MI = after.part_MI
+    alone_MI = np.array(
+        [[part < 0 or np.count_nonzero(column == part) < 2 for part in column]
+         for column in part_MI.T]
+    ).T  # fmt: skip
+    joined_MM = ((part_MI[:, None] == part_MI[None]) & (part_MI[:, None] >= 0)).any(2)
+    apart = int((~joined_MM).sum() - (~joined_MM).diagonal().sum()) // 2
+    seconds = [_all_to_all(c, policy) for c in (cluster, after)] if not apart else [1.0, np.inf]
+    return Damage(
+        cut_off=int(alone_MI.sum()),
+        nodes_apart=apart,
+        slowdown=seconds[1] / seconds[0],
+        longer=_longest(after) - _longest(cluster),
+    )
+
+
+def plane_switches(topology: Topology, plane: int, planes: int) -> range:
+    """The switches of one of several equal planes."""
+    if not 0 <= plane < planes:
+        raise ValueError(f"{plane=} must be from 0 to {planes - 1}")
+    size = topology.num_switches // planes
+    return range(plane * size, (plane + 1) * size)
+
+
+def _all_to_all(cluster: Cluster, policy: Policy) -> float:
+    M, G = cluster.num_nodes, cluster.node.gpus
+    routes = exchange(cluster, np.ones((M, M, G)), policy)
+    return finish_seconds(routes, cluster.capacity_L, resolution=1e-2)
+
+
+def _longest(cluster: Cluster) -> int:
+    hops_SS = distances(cluster.topology)
+    most = 0
+    for switch_M in cluster.topology.switch_E[cluster.endpoint_MI].T:
+        switch = np.unique(switch_M[switch_M >= 0])
+        hops = hops_SS[switch[:, None], switch]
+        most = max(most, int(hops[hops < FAR].max(initial=0)))
+    return most

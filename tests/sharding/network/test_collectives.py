@@ -1,0 +1,154 @@
+"""Collective operations on clusters: closed forms, planes against rails, and broken parts."""
+
+import resource
+import time
+
+import numpy as np
+import pytest
+
+from sharding.network.cluster import Node, attached, multi_plane, multi_rail
+from sharding.network.collectives import all_to_all, exchange, ring
+from sharding.network.damage import damage, plane_switches
+from sharding.network.dragonfly import dragonfly
+from sharding.network.fat_tree import two_layer_fat_tree
+from sharding.network.flows import Routes, load, max_min_rates
+from sharding.network.latency import INFINIBAND, NVLINK, ROCE
+from sharding.network.slim_fly import slim_fly
+
+
+@pytest.mark.parametrize("policy", ["static", "adaptive"])
+@pytest.mark.parametrize("nodes", [2, 4, 40])
+def test_an_all_to_all_without_conflicts_runs_at_the_speed_of_the_nics(nodes, policy):
+    timing = all_to_all(multi_plane(nodes), 1e6, policy=policy)
+    # A NIC carries what the 8 GPUs of its node send to one GPU of every other node.
+    assert timing.network == pytest.approx(8 * 1e6 * (nodes - 1) / 50e9)
+    assert timing.nvlink == pytest.approx(7 * 1e6 * nodes / 160e9)
+    switches = 1 if nodes <= 32 else 3
+    assert timing.latency == pytest.approx(INFINIBAND.of(switches) + NVLINK.same_leaf)
+    assert timing.rate == pytest.approx(timing.bytes_per_gpu / timing.seconds)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "policy"),
+    [(2, "adaptive"), (4, "static"), (16, "adaptive"), (64, "static"), (64, "adaptive"),
+     (256, "static"), (256, "ecmp")],
+)  # fmt: skip
+@pytest.mark.parametrize("message", [8.0, 1e4, 1e8])
+def test_planes_are_as_fast_as_rails(nodes, policy, message):
+    planes, rails = (
+        all_to_all(build(nodes), message, policy=policy).seconds
+        for build in (multi_plane, multi_rail)
+    )
+    assert planes == pytest.approx(rails, rel=0.015)
+
+
+def test_an_all_to_all_over_2048_gpus_takes_seconds_to_simulate():
+    cluster = multi_plane(256)
+    begin = time.perf_counter()
+    timing = all_to_all(cluster, 2**20, policy="ecmp")
+    routes = exchange(cluster, np.full((256, 256, 8), 8.0 * 2**20), "ecmp")
+    rate_R = max_min_rates(routes.link_PR, cluster.capacity_L)
+    seconds = time.perf_counter() - begin
+    assert len(rate_R) == 256 * 255 * 8
+    assert timing.network == pytest.approx((routes.bytes_R / rate_R).max())
+    assert seconds < 60
+
+
+@pytest.mark.slow
+def test_an_all_to_all_over_16384_gpus_fits_ten_minutes_and_8_gb():
+    cluster = multi_plane(2048)
+    begin = time.perf_counter()
+    timing = all_to_all(cluster, 2**20, policy="adaptive")
+    assert time.perf_counter() - begin < 600
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 8e6
+    assert timing.network == pytest.approx(8 * 2**20 * 2047 / 50e9)
+
+
+def test_rings_pass_their_share_through_every_nic():
+    timing = ring(multi_plane(4), 8e9)
+    hop = 8e9 / 8 * 31 / 32
+    assert timing.network == pytest.approx(hop / 50e9)
+    assert timing.nvlink == pytest.approx(7 * hop / 160e9)
+
+
+@pytest.mark.parametrize(
+    "topology",
+    [slim_fly(5, per_switch=4), dragonfly(per_switch=4, group_size=8, global_ports=4, ports=15)],
+    ids=["SF", "DF"],
+)
+def test_any_network_carries_collectives(topology):
+    cluster = attached(topology, 20, node=Node(gpus=4))
+    timing = all_to_all(cluster, 1e6, policy="ecmp")
+    assert timing.network >= 4 * 1e6 * 19 / 50e9 * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("link", [INFINIBAND, ROCE])
+def test_latency_grows_with_the_switches_on_the_way(link):
+    near, far = (multi_rail(nodes, node=Node(link=link)).latency() for nodes in (8, 64))
+    assert far - near == pytest.approx(2 * link.per_switch)
+    # Beyond two layers of switches two more lie on the way; planes of their own stay flat.
+    assert multi_rail(288, node=Node(link=link)).latency() - far == pytest.approx(
+        2 * link.per_switch
+    )
+    assert multi_plane(288, node=Node(link=link)).latency() == pytest.approx(far)
+
+
+@pytest.mark.parametrize(
+    ("broken", "cut_off", "slowdown"),
+    [
+        (lambda t: dict(switches=plane_switches(t, 3, 8)), 64, 8 / 7),
+        (lambda t: dict(switches=[0]), 32, 8 / 7),
+        (lambda t: dict(endpoints=[0]), 1, 8 / 7),
+        (lambda t: dict(switches=[2]), 0, 1.0),
+        (lambda t: dict(cables=[0]), 0, 1.0),
+    ],
+    ids=["plane", "leaf", "nic", "spine", "cable"],
+)
+def test_what_breaks_is_what_is_lost(broken, cut_off, slowdown):
+    cluster = multi_plane(64)
+    lost = damage(cluster, **broken(cluster.topology))
+    assert (lost.cut_off, lost.nodes_apart, lost.longer) == (cut_off, 0, 0)
+    assert lost.slowdown == pytest.approx(slowdown, rel=1e-3)
+
+
+def test_spines_are_missed_when_all_of_them_are_needed():
+    # Eight leaves of two nodes' NICs: 14 of 15 flows of a NIC go up.
+    cluster = multi_plane(8, node=Node(gpus=2), ports=4)
+    assert damage(cluster, switches=[4]).slowdown > 1.5
+
+
+def test_one_plane_has_no_other_to_turn_to():
+    cluster = multi_plane(4, node=Node(gpus=1), ports=4)
+    lost = damage(cluster, switches=[0])
+    assert (lost.cut_off, lost.nodes_apart) == (2, 5)
+    assert lost.slowdown == np.inf
+    with pytest.raises(ValueError, match="cut off from each other"):
+        all_to_all(cluster.without(switches=[0]), 1.0)
+
+
+def test_what_a_broken_plane_carried_goes_over_the_others():
+    cluster = multi_plane(4).without(switches=plane_switches(multi_plane(4).topology, 0, 8))
+    routes = exchange(cluster, np.ones((4, 4, 8)), "static")
+    assert isinstance(routes, Routes)
+    assert routes.bytes_R.sum() == pytest.approx(4 * 3 * 8)
+    out = load(routes, cluster.topology.num_links)[cluster.topology.link_in(cluster.endpoint_MI)]
+    assert (out[:, 0] == 0).all()
+    np.testing.assert_allclose(out[:, 1:], 3 * 8 / 7)
+
+
+@pytest.mark.parametrize(
+    ("make", "parts"),
+    [
+        (lambda: multi_plane(2049), ["num_nodes=2049", "2048"]),
+        (lambda: attached(two_layer_fat_tree(4), 3, node=Node(gpus=4)), ["12 endpoints", "has 8"]),
+        (lambda: Node(gpus=0), ["gpus=0"]),
+        (lambda: Node(nic_rate=0.0), ["nic_rate=0.0"]),
+        (lambda: plane_switches(two_layer_fat_tree(4), 2, 2), ["plane=2", "0 to 1"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_clusters_that_cannot_be(make, parts):
+    with pytest.raises(ValueError) as error:
+        make()
+    for part in parts:
+        assert part in str(error.value)
