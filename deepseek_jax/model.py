@@ -24,6 +24,7 @@ class Aux:
 
     expert_counts_LE: Int[Array, "L E"]
     sequence_loss: Float[Array, ""]  # summed over MoE layers, without its weight alpha
+    lost: Int[Array, ""]  # choices for which dispatch had no room; the pass is then void
     hidden_LBTD: Float[Array, "L B T D"] | None = None  # L + 1, the last after the final norm
     mtp_logits: tuple[Float[Array, "B t V"], ...] | None = None  # depth k: t = T - k positions
     latent_LBTY: Float[Array, "L B T Y"] | None = None  # what MLA caches of the tokens
@@ -112,8 +113,8 @@ class Model(nnx.Module):
             caches.append(cache_LBTY)
             loads.append(load)
         x_BTD = rms_norm(x_BTD, self.final_norm_D[...], config.norm_eps)
-        aux = with_load(Aux(jnp.zeros((0, config.num_experts), jnp.int32), jnp.zeros(())),
-                        loads[-1])
+        none = jnp.zeros((0, config.num_experts), jnp.int32), jnp.zeros(()), jnp.int32(0)
+        aux = with_load(Aux(*none), loads[-1])
         if every_layer:
             layers_LBTD = jnp.concatenate(layers_LBTD)
             aux = replace(aux, hidden_LBTD=jnp.concatenate((layers_LBTD[:-1], x_BTD[None])))
@@ -182,4 +183,5 @@ def with_load(aux: Aux, load: Load | None) -> Aux:
         aux,
         expert_counts_LE=jnp.concatenate((aux.expert_counts_LE, load.counts_E)),
         sequence_loss=aux.sequence_loss + jnp.sum(load.sequence_loss),
+        lost=aux.lost + jnp.sum(load.lost),
     )

@@ -17,7 +17,8 @@ from deepseek_jax.experts import expert_ffn
 from deepseek_jax.layers import FeedForward, RoutingBias, normal
 from pallas_kernels.mosaic import target
 from sharding import local
-from sharding.expert_parallel import combine, dispatch, dispatch_choices, plan_rows
+from sharding.expert_parallel import combine, dispatch, dispatch_choices, plan_path
+from sharding.placement import is_split
 
 
 class Load(NamedTuple):
@@ -25,6 +26,7 @@ class Load(NamedTuple):
 
     counts_E: jax.Array  # int32: tokens that chose each expert, over the whole batch
     sequence_loss: jax.Array  # FP32 scalar, without its weight alpha
+    lost: jax.Array  # int32: choices for which dispatch had no room; the step is then void
 
 
 class MoE(nnx.Module):
@@ -50,16 +52,21 @@ class MoE(nnx.Module):
         score_BTE = scores(x_BTD, self.router_ED[...], config)
         bias_E = self.bias_E[...] if config.score == "sigmoid" else None
         expert_BTK, weight_BTK = route(score_BTE, bias_E, config)
+        weights = (self.w_gate_EFD[...], self.w_up_EFD[...], self.w_down_EDF[...])
+        experts = local(
+            functools.partial(
+                run_experts,
+                num_experts=config.num_experts,
+                exchanged=is_split(expert_BTK, "BTK", "expert"),
+            ),
+            "BTD,BTK,BTK,EFD,EFD,EDF->BTD,",
+        )
+        y_BTD, lost = experts(x_BTD, expert_BTK, weight_BTK, *weights)
         load = Load(
             expert_counts(expert_BTK, config.num_experts, valid_BT),
             sequence_loss(score_BTE, config, valid_BT),
+            lost,
         )
-        weights = (self.w_gate_EFD[...], self.w_up_EFD[...], self.w_down_EDF[...])
-        experts = local(
-            functools.partial(run_experts, num_experts=config.num_experts),
-            "BTD,BTK,BTK,EFD,EFD,EDF->BTD",
-        )
-        y_BTD = experts(x_BTD, expert_BTK, weight_BTK, *weights)
         if config.num_shared_experts:
             with jax.named_scope("shared"):
                 y_BTD = y_BTD + self.shared(x_BTD)
@@ -152,21 +159,34 @@ def sequence_loss(score_BTE, config: ModelConfig, valid_BT) -> Float[Array, ""]:
 
 @jax.named_scope("experts")
 def run_experts(
-    x_BTD, expert_BTK, weight_BTK, w_gate_EFD, w_up_EFD, w_down_EDF, *, num_experts: int
-) -> Float[Array, "B T D"]:
-    """sum_k weight_k FFN_k(x) of each token, on one device's tokens."""
-    if w_gate_EFD.shape[0] < num_experts:
-        axis = num_experts // w_gate_EFD.shape[0]
-        raise NotImplementedError(f"mesh axis expert={axis} is not available yet: use expert=1")
+    x_BTD,
+    expert_BTK,
+    weight_BTK,
+    w_gate_EFD,
+    w_up_EFD,
+    w_down_EDF,
+    *,
+    num_experts: int,
+    exchanged: bool = True,
+) -> tuple[Float[Array, "B T D"], Int[Array, ""]]:
+    """sum_k weight_k FFN_k(x) of each token of a device; the weights are of its own experts.
+
+    Also returns the number of choices that found no room in the buffers of dispatch.
+
+    Args:
+      exchanged: whether devices with other experts have other tokens.
+    """
     B, T, D = x_BTD.shape
-    K = expert_BTK.shape[-1]
+    K, held = expert_BTK.shape[-1], w_gate_EFD.shape[0]
     alignment = row_alignment(B * T * K, num_experts)
-    layout = plan_rows(expert_BTK.reshape(B * T, K), num_experts, alignment)
-    x_MD = checkpoint_name(dispatch(x_BTD.reshape(B * T, D), layout), "expert_input")
-    weight_M = dispatch_choices(weight_BTK.reshape(B * T, K), layout)
+    path = plan_path(
+        expert_BTK.reshape(B * T, K), num_experts, alignment, held=held, exchanged=exchanged
+    )
+    x_MD = checkpoint_name(dispatch(x_BTD.reshape(B * T, D), path), "expert_input")
+    weight_M = dispatch_choices(weight_BTK.reshape(B * T, K), path)
     weights = (w_gate_EFD, w_up_EFD, w_down_EDF)
-    y_MD = expert_ffn(x_MD, weight_M, weights, layout.group_sizes_E, alignment)
-    return combine(y_MD, layout).reshape(B, T, D)
+    y_MD = expert_ffn(x_MD, weight_M, weights, path.rows.group_sizes_E, alignment)
+    return combine(y_MD, path).reshape(B, T, D), path.lost
 
 
 def row_alignment(num_rows: int, num_experts: int) -> int:

@@ -15,7 +15,7 @@ from deepseek_jax.loss import cross_entropy
 from deepseek_jax.model import Model, with_load
 from deepseek_jax.mtp import ahead, valid_positions
 from deepseek_jax.optimizer import adamw
-from sharding.placement import store_shardings, under_mesh
+from sharding.placement import Scheme, store_shardings, under_mesh
 
 Tree = Any  # nested dicts of arrays, keyed by module and parameter name
 
@@ -114,7 +114,7 @@ def loss_and_aux(
     divides by T (V3 eq. 24).
 
     Returns:
-      The total, and a dict of loss, mtp_loss, sequence_loss, expert_counts_LE.
+      The total, and a dict of loss, mtp_loss, sequence_loss, expert_counts_LE, lost.
     """
     inputs_BT, targets_BT = tokens_BS[:, :-1], tokens_BS[:, 1:]
     segments_BT = None if segments_BS is None else segments_BS[:, :-1]
@@ -141,17 +141,18 @@ def loss_and_aux(
         "mtp_loss": mtp_loss,
         "sequence_loss": aux.sequence_loss,
         "expert_counts_LE": aux.expert_counts_LE,
+        "lost": aux.lost,
     }
 
 
 def make_train_step(
-    run: Run, mesh: jax.sharding.Mesh | None = None
+    run: Run, mesh: jax.sharding.Mesh | None = None, scheme: Scheme | None = None
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted step; the state it is given is donated.
 
     Its batch is {"tokens": int32 [accumulation, B, T + 1], "segments": the same, optional}.
     """
-    step = under_mesh(lambda state, batch: train_step(run, state, batch), mesh)
+    step = under_mesh(lambda state, batch: train_step(run, state, batch), mesh, scheme)
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
     shardings = state_shardings(run, mesh)
@@ -166,7 +167,8 @@ def train_step(
     """One update from the mean gradient over the micro-batches of `batch`.
 
     A step whose loss or gradient is not finite changes neither parameters, moments nor biases and
-    is counted. Metrics are device scalars, but for expert_counts_LE.
+    is counted. One in which dispatch had no room for `lost` choices changes nothing at all and is
+    to be done again with more room. Metrics are device scalars, but for expert_counts_LE.
     """
     tokens = tokens_as_float(state.tokens)
     mtp_weight = run.mtp_weight.at(tokens, jnp)
@@ -204,6 +206,8 @@ def train_step(
     chosen = replace(
         chosen, step=state.step + 1, tokens=add_tokens(state.tokens, sequences * length)
     )
+    complete = sums["lost"] == 0
+    chosen = jax.tree.map(lambda new, old: jnp.where(complete, new, old), chosen, state)
     metrics = {
         **sums,
         "grad_norm": norm,

@@ -216,7 +216,8 @@ class Measure:
         counts_LE = metrics.pop("expert_counts_LE").astype(np.float64)
         load_LE = counts_LE / np.maximum(counts_LE.mean(axis=-1, keepdims=True), 1e-9)
         entry = {"step": step}
-        entry |= {name: value.item() for name, value in metrics.items() if name != "bad_tensor"}
+        logged = set(metrics) - {"bad_tensor", "lost"}
+        entry |= {name: metrics[name].item() for name in metrics if name in logged}
         entry["bits_per_byte"] = entry["loss"] / math.log(2) / self._bytes_per_token
         entry["busiest_over_mean"] = float(load_LE.max()) if load_LE.size else None
         if step % max(1, load_LE.size // LOAD_ELEMENTS) == 0:

@@ -4,13 +4,37 @@ Model code is written for one device. It says `shard(x_BTD, "BTD")` at few place
 is or will be a kernel in `local`; without a mesh both do nothing.
 """
 
+import contextvars
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import jax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from sharding.rules import ACTIVATIONS, COMPUTE, STORE, Table, spec, weight_spec
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a mesh is used, beyond the sizes of its axes."""
+
+    # 3: weights rest in their stored shards and are gathered layer by layer; 1: masters and
+    # moments are sharded, and the step begins by gathering whole weights over the batch axes.
+    zero: Literal[1, 3] = 3
+    # Nodes that the expert axis spans; dispatch then crosses their boundary in a hop of its own.
+    expert_nodes: int = 1
+    # Rows in the buffers of dispatch, in multiples of those of an even load. None: any load fits.
+    room: float | None = None
+
+
+_scheme: contextvars.ContextVar[Scheme | None] = contextvars.ContextVar("scheme", default=None)
+
+
+def current_scheme() -> Scheme:
+    """The scheme the computation is being traced for."""
+    return _scheme.get() or Scheme()
 
 
 def current_mesh() -> AbstractMesh | None:
@@ -19,15 +43,21 @@ def current_mesh() -> AbstractMesh | None:
     return None if mesh.empty else mesh
 
 
-def under_mesh(fn: Callable, mesh: jax.sharding.Mesh | None) -> Callable:
-    """`fn`, traced with `mesh` as the current mesh."""
+def under_mesh(
+    fn: Callable, mesh: jax.sharding.Mesh | None, scheme: Scheme | None = None
+) -> Callable:
+    """`fn`, traced with `mesh` as the current mesh and `scheme` as the way to use it."""
     if mesh is None:
         return fn
 
     @functools.wraps(fn)
     def traced(*args, **kwargs):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return fn(*args, **kwargs)
+        token = _scheme.set(scheme)
+        try:
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return fn(*args, **kwargs)
+        finally:
+            _scheme.reset(token)
 
     return traced
 
@@ -40,6 +70,12 @@ def shard(x: jax.Array, letters: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(letters, x.shape, ACTIVATIONS, mesh.shape))
 
 
+def is_split(x: jax.Array, letters: str, axis: str) -> bool:
+    """Whether the activation table splits an array over a mesh axis."""
+    mesh = current_mesh()
+    return mesh is not None and axis in _axes(spec(letters, x.shape, ACTIVATIONS, mesh.shape))
+
+
 def local(fn: Callable, signature: str, *, whole: str = "") -> Callable:
     """`fn` on local shards: `local(product, "BTD,FD->BTF")(x_BTD, w_FD)`.
 
@@ -47,6 +83,8 @@ def local(fn: Callable, signature: str, *, whole: str = "") -> Callable:
     in the operands but not in the results have been summed by `fn`; where they are split over a
     mesh axis the partial results are added up, and so are, backward, the cotangents of operands
     that several devices share. `fn` returns one array, or a tuple where the signature lists more.
+    A lower-case letter is a dimension in blocks and lies where its capital does; the size of a
+    letter is that in the first operand that has it, for later ones may be padded.
 
     Args:
       whole: letters that are never split here.
@@ -57,8 +95,10 @@ def local(fn: Callable, signature: str, *, whole: str = "") -> Callable:
     inputs, outputs = (side.split(",") for side in signature.split("->"))
 
     def on_shards(*args):
-        sizes = {letter: n for dims, arg in zip(inputs, args, strict=True)
-                 for letter, n in zip(dims, arg.shape, strict=True)}
+        sizes: dict[str, int] = {}
+        for dims, arg in zip(inputs, args, strict=True):
+            for letter, n in zip(dims, arg.shape, strict=True):
+                sizes.setdefault(letter, n)
         in_specs = tuple(_local_spec(dims, sizes, mesh, whole) for dims in inputs)
         out_specs = tuple(_local_spec(dims, sizes, mesh, whole) for dims in outputs)
         split = {axis for entry in in_specs for axis in _axes(entry)}
@@ -84,6 +124,7 @@ def local(fn: Callable, signature: str, *, whole: str = "") -> Callable:
 
 
 def _local_spec(dims: str, sizes: dict[str, int], mesh, whole: str) -> PartitionSpec:
+    dims = dims.upper()
     kept = "".join("_" if letter in whole else letter for letter in dims)
     shape = tuple(sizes[letter] for letter in dims)
     table: Table = ACTIVATIONS if "B" in dims or "T" in dims else COMPUTE

@@ -116,13 +116,6 @@ def test_the_first_state_does_not_depend_on_the_mesh():
     assert pieces[0].data.shape == (1, 28, 12, 10)
 
 
-def test_experts_on_several_devices_are_refused_by_name():
-    mesh = make_mesh(expert=2, data=4)
-    step = ds.make_train_step(RUN, mesh)
-    with pytest.raises(NotImplementedError, match="mesh axis expert=2 is not available yet"):
-        step.lower(training.abstract_state(RUN), make_batch(RUN))
-
-
 def test_weight_gradients_cross_devices_in_fp32_when_products_are_bf16():
     # What the model asks for; a compiler may still think otherwise, on CUDA above all.
     run = dataclasses.replace(RUN, precision=ds.Precision.of("bf16"))

@@ -229,7 +229,8 @@ def test_the_first_bad_tensor_is_named(monkeypatch, state, name, bad):
     # A gradient whose square overflows is as bad as one that is not finite.
     names = training.parameter_names(state.params)
     clean = jax.tree.map(lambda p: jnp.full(p.shape, 1e-3), state.params)
-    sums = {"total_loss": jnp.float32(1.0), "expert_counts_LE": jnp.zeros((3, 28), jnp.int32)}
+    sums = {"total_loss": jnp.float32(1.0), "expert_counts_LE": jnp.zeros((3, 28), jnp.int32),
+            "lost": jnp.int32(0)}
     index = names.index(name)
     leaves, treedef = jax.tree.flatten(clean)
     leaves[index] = leaves[index].at[..., 0].set(bad)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharding.expert_parallel import combine, dispatch, dispatch_choices, plan_rows
+from sharding.expert_parallel import Path, combine, dispatch, dispatch_choices, plan_rows
 
 T, K, E = 6, 2, 5
 
@@ -32,7 +32,8 @@ def choices(draw):
 def test_every_choice_has_one_row_of_its_expert_in_token_order(case):
     expert_TK, num_experts, alignment = case
     layout = jax.tree.map(np.asarray, plan_rows(jnp.asarray(expert_TK), num_experts, alignment))
-    slot_M, row_TK, sizes_E = layout
+    slot_M, row_TK, sizes_E, lost = layout
+    assert lost == 0
     tokens, k = expert_TK.shape
 
     np.testing.assert_array_equal(sizes_E, np.bincount(expert_TK.ravel(), minlength=num_experts))
@@ -74,13 +75,18 @@ def layout():
     return plan_rows(jnp.asarray(expert_TK), E, alignment=4)
 
 
+def local(layout):
+    """The path of tokens that leave no device."""
+    return Path((layout,), ())
+
+
 def normal(seed, *shape):
     return jnp.asarray(np.random.RandomState(seed).randn(*shape), jnp.float32)
 
 
 def test_dispatch_copies_each_token_to_its_rows_and_zeros_the_rest(layout):
     x_TD = normal(0, T, 3)
-    rows_MD = np.asarray(dispatch(x_TD, layout))
+    rows_MD = np.asarray(dispatch(x_TD, local(layout)))
     for row, slot in enumerate(np.asarray(layout.slot_M)):
         expected = np.zeros(3) if slot < 0 else x_TD[slot // K]
         np.testing.assert_array_equal(rows_MD[row], expected)
@@ -90,40 +96,41 @@ def test_combine_adds_up_the_rows_of_each_token(layout):
     M = layout.slot_M.shape[0]
     y_MD = normal(0, M, 3)
     expected = np.asarray(y_MD)[np.asarray(layout.row_TK)].sum(axis=1)
-    np.testing.assert_allclose(combine(y_MD, layout), expected, rtol=1e-6)
+    np.testing.assert_allclose(combine(y_MD, local(layout)), expected, rtol=1e-6)
 
 
 def test_combine_of_dispatch_is_k_times_each_token(layout):
     x_TD = normal(0, T, 3)
-    np.testing.assert_allclose(combine(dispatch(x_TD, layout), layout), K * x_TD, rtol=1e-6)
+    rows_MD = dispatch(x_TD, local(layout))
+    np.testing.assert_allclose(combine(rows_MD, local(layout)), K * x_TD, rtol=1e-6)
 
 
 def test_combine_ignores_padding_rows(layout):
     M = layout.slot_M.shape[0]
     y_MD = normal(0, M, 3)
     poisoned = jnp.where(layout.slot_M[:, None] < 0, jnp.nan, y_MD)
-    np.testing.assert_array_equal(combine(poisoned, layout), combine(y_MD, layout))
+    np.testing.assert_array_equal(combine(poisoned, local(layout)), combine(y_MD, local(layout)))
 
 
 def test_dispatch_and_combine_are_transposes_of_each_other(layout):
     M = layout.slot_M.shape[0]
     x_TD, g_MD = normal(0, T, 3), normal(1, M, 3)
-    (dx_TD,) = jax.vjp(lambda x: dispatch(x, layout), x_TD)[1](g_MD)
-    np.testing.assert_array_equal(dx_TD, combine(g_MD, layout))
-    (dy_MD,) = jax.vjp(lambda y: combine(y, layout), g_MD)[1](x_TD)
-    np.testing.assert_array_equal(dy_MD, dispatch(x_TD, layout))
-    left = jnp.sum(dispatch(x_TD, layout) * g_MD)
-    np.testing.assert_allclose(left, jnp.sum(x_TD * combine(g_MD, layout)), rtol=1e-5)
+    (dx_TD,) = jax.vjp(lambda x: dispatch(x, local(layout)), x_TD)[1](g_MD)
+    np.testing.assert_array_equal(dx_TD, combine(g_MD, local(layout)))
+    (dy_MD,) = jax.vjp(lambda y: combine(y, local(layout)), g_MD)[1](x_TD)
+    np.testing.assert_array_equal(dy_MD, dispatch(x_TD, local(layout)))
+    left = jnp.sum(dispatch(x_TD, local(layout)) * g_MD)
+    np.testing.assert_allclose(left, jnp.sum(x_TD * combine(g_MD, local(layout))), rtol=1e-5)
 
 
 def test_weights_go_with_their_choices_and_gradients_come_back(layout):
     w_TK = normal(0, T, K)
-    w_M = np.asarray(dispatch_choices(w_TK, layout))
+    w_M = np.asarray(dispatch_choices(w_TK, local(layout)))
     slots = np.asarray(layout.slot_M)
     np.testing.assert_array_equal(w_M[slots >= 0], np.asarray(w_TK).ravel()[slots[slots >= 0]])
     assert (w_M[slots < 0] == 0).all()
     g_M = normal(2, len(slots))
-    (dw_TK,) = jax.vjp(lambda w: dispatch_choices(w, layout), w_TK)[1](g_M)
+    (dw_TK,) = jax.vjp(lambda w: dispatch_choices(w, local(layout)), w_TK)[1](g_M)
     np.testing.assert_array_equal(dw_TK, np.asarray(g_M)[np.asarray(layout.row_TK)])
 
 
@@ -131,5 +138,5 @@ def test_bf16_rows_are_added_in_fp32():
     # 1 + 2^-8 + 2^-8: each partial sum in BF16 would stay 1.
     layout = plan_rows(jnp.array([[0, 1, 2]], jnp.int32), 3, alignment=1)
     y_MD = jnp.array([[1.0], [2.0**-8], [2.0**-8]], jnp.bfloat16)
-    assert float(combine(y_MD, layout)[0, 0]) == 1 + 2.0**-7
-    assert combine(y_MD, layout).dtype == jnp.bfloat16
+    assert float(combine(y_MD, local(layout))[0, 0]) == 1 + 2.0**-7
+    assert combine(y_MD, local(layout)).dtype == jnp.bfloat16
