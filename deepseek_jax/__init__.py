@@ -12,6 +12,7 @@ from deepseek_jax import configs
 from deepseek_jax.config import ModelConfig, Precision, Run, Schedule
 from deepseek_jax.counts import param_counts
 from deepseek_jax.generate import generate
+from deepseek_jax.huggingface import load_huggingface, save_huggingface
 from deepseek_jax.model import Aux, Model
 from deepseek_jax.training import TrainState, init_state, make_train_step
 
@@ -26,6 +27,8 @@ __all__ = [
     "configs",
     "generate",
     "init_state",
+    "load_huggingface",
     "make_train_step",
     "param_counts",
+    "save_huggingface",
 ]

@@ -1,0 +1,188 @@
+"""Models from and to released checkpoints of the DeepSeek-V2 and V3 families.
+
+A tensor is read when its bytes are needed: each device is given its own part of each array, and
+the host holds no more than that.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+from flax import nnx
+
+from deepseek_jax.config import Precision
+from deepseek_jax.huggingface_blocks import quantize
+from deepseek_jax.huggingface_checkpoint import INDEX, SCALE, Checkpoint, open_checkpoint
+from deepseek_jax.huggingface_config import config_record
+from deepseek_jax.huggingface_names import Entry, entries
+from deepseek_jax.layers import RoutingBias
+from deepseek_jax.model import Model
+from deepseek_jax.tensor_files import DTYPES, Spec, write_file
+from sharding.placement import store_shardings
+
+Format = Literal["fp8", "bf16", "fp32"]
+STORED = {"fp32": "F32", "bf16": "BF16"}
+# A file of an export holds as many tensors as fit in this many bytes.
+LARGEST_FILE = 5 * 10**9
+
+
+def load_huggingface(
+    path: str | os.PathLike,
+    *,
+    precision: str | Precision = "fp32",
+    mesh: jax.sharding.Mesh | None = None,
+    allow_nan: bool = False,
+) -> Model:
+    """The model of a checkpoint folder, MTP modules included.
+
+    Args:
+      precision: weights are converted to the dtype that it stores them in.
+      mesh: where to put them; each device reads its own shards only.
+      allow_nan: go on when a tensor holds NaN or infinite values.
+
+    Raises:
+      ValueError: the checkpoint is damaged, or not one of a model of this family.
+    """
+    checkpoint = open_checkpoint(path)
+    make = lambda: Model(checkpoint.config, precision=precision, rngs=nnx.Rngs(0))
+    graphdef, *states = nnx.split(nnx.eval_shape(make), nnx.Param, RoutingBias)
+    loaded = []
+    for state in states:
+        tree = nnx.to_pure_dict(state)
+        where = (
+            jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), tree)
+            if mesh is None
+            else store_shardings(tree, mesh)
+        )
+        read = lambda path, leaf, sharding: load_array(
+            checkpoint, dotted(path), leaf.dtype, sharding, allow_nan=allow_nan
+        )
+        loaded.append(nnx.State(jax.tree_util.tree_map_with_path(read, tree, where)))
+    return nnx.merge(graphdef, *loaded)
+
+
+def load_array(
+    checkpoint: Checkpoint, path: str, dtype, sharding, *, allow_nan: bool = False
+) -> jax.Array:
+    """One of our arrays, made shard by shard."""
+    shape = checkpoint.array_shape(path)
+    fill = lambda index: checkpoint.fill(path, index, np.dtype(dtype), allow_nan=allow_nan)
+    return jax.make_array_from_callback(shape, sharding, fill)
+
+
+def dotted(path) -> str:
+    """A tree path as "moe.ffn.router_ED"."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def save_huggingface(model: Model, path: str | os.PathLike, *, format: Format = "bf16") -> None:
+    """Writes a checkpoint folder: shards, index and config.json.
+
+    The folder appears under its name when it is complete. Norms, routers, embedding and head stay
+    in BF16 in the format "fp8", routing biases in FP32 in all of them.
+    """
+    path = Path(path)
+    record = config_record(model.config, format=format)
+    with complete_folder(path) as folder:
+        write_json(folder / "config.json", record)
+        shards = plan_shards(list(export_specs(model.config, format)))
+        arrays = export_arrays(model, format)
+        for name, specs in shards.items():
+            write_file(folder / name, specs, (next(arrays) for _ in specs))
+        write_index(folder, shards)
+
+
+class complete_folder:
+    """A folder that gets its name when the block ends well, and is removed when it does not."""
+
+    def __init__(self, path: Path):
+        if path.exists():
+            raise ValueError(f"{path} exists already: name another folder")
+        self._path, self._partial = path, path.with_name(f".{path.name}.partial")
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self._partial, ignore_errors=True)
+        self._partial.mkdir(parents=True)
+        return self._partial
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is None:
+            os.replace(self._partial, self._path)
+        else:
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+
+def specs_of(entry: Entry, format: Format) -> list[Spec]:
+    """What an entry is written as: one tensor, or codes and scales."""
+    if entry.array.endswith("bias_E"):
+        return [Spec(entry.name, "F32", entry.shape)]
+    if format == "fp8" and entry.may_be_fp8:
+        scale = tuple(-(-n // 128) for n in entry.shape)
+        return [Spec(entry.name, "F8_E4M3", entry.shape), Spec(entry.name + SCALE, "F32", scale)]
+    return [Spec(entry.name, STORED.get(format, "BF16"), entry.shape)]
+
+
+def export_specs(config, format: Format) -> Iterator[Spec]:
+    """Every tensor of an export in order."""
+    for entry in entries(config):
+        yield from specs_of(entry, format)
+
+
+def export_arrays(model: Model, format: Format) -> Iterator[np.ndarray]:
+    """The arrays of `export_specs`; one layer's array is on the host at a time."""
+    tree: dict = {}
+    for kind in (nnx.Param, RoutingBias):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(
+            nnx.to_pure_dict(nnx.state(model, kind))
+        ):
+            tree[dotted(path)] = leaf
+    held: tuple[str, int, np.ndarray] | None = None
+    for entry in entries(model.config):
+        if entry.index:
+            layer = entry.index[0]
+            if held is None or held[:2] != (entry.array, layer):
+                held = (entry.array, layer, np.asarray(tree[entry.array][layer]))
+            array = held[2][entry.index[1:]]
+        else:
+            array = np.asarray(tree[entry.array])
+        yield from encode(array.reshape(entry.shape), specs_of(entry, format))
+
+
+def encode(array: np.ndarray, specs: list[Spec]) -> Iterator[np.ndarray]:
+    """An array in the dtypes that it is written in."""
+    if len(specs) == 2:
+        yield from quantize(array)
+    else:
+        yield array.astype(DTYPES[specs[0].dtype])
+
+
+def plan_shards(specs: list[Spec], largest: int = LARGEST_FILE) -> dict[str, list[Spec]]:
+    """Files of about equal names and at most `largest` bytes, tensors in order."""
+    files: list[list[Spec]] = [[]]
+    size = 0
+    for spec in specs:
+        if files[-1] and size + spec.num_bytes > largest:
+            files.append([])
+            size = 0
+        files[-1].append(spec)
+        size += spec.num_bytes
+    total = len(files)
+    return {
+        f"model-{number:05}-of-{total:05}.safetensors": file
+        for number, file in enumerate(files, start=1)
+    }
+
+
+def write_index(folder: Path, shards: dict[str, list[Spec]]) -> None:
+    size = sum(spec.num_bytes for specs in shards.values() for spec in specs)
+    weight_map = {spec.name: file for file, specs in shards.items() for spec in specs}
+    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")

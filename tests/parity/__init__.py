@@ -1,0 +1,1 @@
+"""Tiny checkpoints as transformers computes them, stored and live."""
