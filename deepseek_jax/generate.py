@@ -17,7 +17,7 @@ from deepseek_jax.rope import rotations
 
 
 def empty_cache(
-    config: ModelConfig, batch: int, length: int, dtype: jnp.dtype = jnp.bfloat16
+    config: ModelConfig, batch: int, length: int, dtype: jax.typing.DTypeLike = jnp.bfloat16
 ) -> Float[Array, "L B S Y"]:
     """The latent cache of all layers: C + R elements per token and layer."""
     return jnp.zeros((config.num_layers, batch, length, config.cache_dim), dtype)
@@ -73,7 +73,7 @@ def pick(logits_BV: Float[Array, "B V"], temperature: float, key: jax.Array) -> 
 
 def stream(
     model: Model,
-    prompt_BT: Int[Array, "B T"],
+    prompt_BT: jax.typing.ArrayLike,
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -97,7 +97,7 @@ def stream(
 
 def generate(
     model: Model,
-    prompt_BT: Int[Array, "B T"],
+    prompt_BT: jax.typing.ArrayLike,
     *,
     max_new_tokens: int,
     temperature: float = 0.0,

@@ -35,7 +35,7 @@ def rms_norm(x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float) -
 
 @jax.named_scope("embed")
 def embed(
-    tokens_BT: Int[Array, "B T"], embed_VD: Float[Array, "V D"], dtype: jnp.dtype
+    tokens_BT: Int[Array, "B T"], embed_VD: Float[Array, "V D"], dtype: jax.typing.DTypeLike
 ) -> Float[Array, "B T D"]:
     """Rows of the embedding in `dtype`; their gradients are added up in the table's own dtype."""
     rows = local(lambda tokens, table: table[tokens], "BT,VD->BTD", whole="V")

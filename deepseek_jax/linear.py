@@ -46,7 +46,7 @@ def _letters(signature: str) -> tuple[str, str, str]:
     return left, right, out
 
 
-def einsum(signature: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def einsum(signature: str, a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """jnp.einsum with FP32 sums and a result in `dtype`; FP32 operands multiply as FP32."""
     # Without HIGHEST an FP32 product may run in TF32 on a GPU.
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None

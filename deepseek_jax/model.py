@@ -163,12 +163,12 @@ class Model(nnx.Module):
         return shard(einsum("BTD,VD->BTV", hidden_BTD, head_VD, jnp.float32), "BTV")
 
     @property
-    def dtype(self) -> jnp.dtype:
+    def dtype(self) -> jax.typing.DTypeLike:
         """The dtype of activations."""
         return DTYPES[self.precision.activations]
 
 
-def cast_weights(model: Model, dtype: jnp.dtype) -> None:
+def cast_weights(model: Model, dtype: jax.typing.DTypeLike) -> None:
     """Casts parameters, but neither routing biases nor routers, which stay FP32."""
     for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         if path[-1] != "router_ED":

@@ -196,7 +196,7 @@ def matmul(
     *,
     tiles: Tiles,
     cores: int,
-    out_dtype: jnp.dtype,
+    out_dtype: jax.typing.DTypeLike,
     name: str,
     interpret=None,
 ) -> jax.Array:

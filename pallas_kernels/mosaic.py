@@ -47,7 +47,7 @@ def require_hopper(op: str) -> int:
     return device.cores
 
 
-def swizzled(columns: int, dtype: jnp.dtype, width: int = 0) -> tuple:
+def swizzled(columns: int, dtype: jax.typing.DTypeLike, width: int = 0) -> tuple:
     """Layout in shared memory of rows of `columns` elements as TMA writes and WGMMA reads them.
 
     Of an array `width` wide: Mosaic copies only what divides it, so 2128 gets a swizzle of 32.

@@ -8,6 +8,7 @@ import numpy as np
 import deepseek_jax as ds
 from deepseek_jax import training
 from tests.oracle import weights
+from tests.oracle.reference import QUICK
 
 # All dimensions differ, derived ones included (A = 32, X = 19, Y = 42, Z = 80, pairs of R = 11,
 # shared F = 48), and layer counts too: a swapped letter cannot pass. Eight devices divide
@@ -36,9 +37,6 @@ TINY = ds.ModelConfig(
 )
 # One MTP module less to compile.
 ONE_MTP = dataclasses.replace(TINY, num_mtp=1)
-
-# Compiling is nearly all the time that such small programs take; this leaves a quarter of it.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
 def make_run(config=TINY, *, batch=4, **changes):

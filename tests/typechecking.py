@@ -2,4 +2,13 @@
 
 from beartype import BeartypeConf, beartype
 
-check = beartype(conf=BeartypeConf(is_pep484_tower=True))
+_check = beartype(conf=BeartypeConf(is_pep484_tower=True))
+
+
+def check(function):
+    """`function`, checked, but no constructor.
+
+    Configurations refuse values by errors of their own; jax makes pytrees also of what stands for
+    arrays, such as their shapes or shardings.
+    """
+    return function if function.__name__ == "__init__" else _check(function)

@@ -45,7 +45,7 @@ def grouped_matmul(
     return _grouped_matmul(x_MK, w_GNK, group_sizes_G, alignment, implementation)
 
 
-def choose(implementation: str | None, dtype: jnp.dtype) -> str:
+def choose(implementation: str | None, dtype: jax.typing.DTypeLike) -> str:
     """The implementation to run on the target device."""
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"{implementation=} must be one of {IMPLEMENTATIONS}")

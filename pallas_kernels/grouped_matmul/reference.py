@@ -22,13 +22,16 @@ def _blocks(x_MK, group_sizes_G, alignment):
 
 def by_rows(
     x_MK: Float[Array, "M K"],
-    w_GNK: Float[Array, "G N K"],
+    w_GNK: Float[Array, "G _ _"],
     group_sizes_G: Int32[Array, "G"],
     *,
     alignment: int,
     contract_last: bool = True,
-) -> Float[Array, "M N"]:
-    """y[m] = x[m] @ w[group of m].T, or x[m] @ w[group of m] when not `contract_last`."""
+) -> Float[Array, "M _"]:
+    """y[m] = x[m] @ w[group of m].T, or x[m] @ w[group of m] when not `contract_last`.
+
+    Then w is [G, K, N].
+    """
     blocks, groups = _blocks(x_MK, group_sizes_G, alignment)
     contracted = 1 if contract_last else 0
 
@@ -51,7 +54,7 @@ def by_contraction(
     group_sizes_G: Int32[Array, "G"],
     *,
     alignment: int,
-    out_dtype: jnp.dtype,
+    out_dtype: jax.typing.DTypeLike,
 ) -> Float[Array, "G N K"]:
     """w[g] = sum over the rows m of group g of outer(y[m], x[m]), summed in FP32."""
     y_blocks, groups = _blocks(y_MN, group_sizes_G, alignment)

@@ -30,7 +30,7 @@ def by_rows(
     scale_Gnk: Float[Array, "G n k"],
     group_sizes_G: Int32[Array, "G"],
     *,
-    out_dtype: jnp.dtype = jnp.bfloat16,
+    out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
     implementation: str | None = None,
 ) -> Float[Array, "M N"]:
     """y[m] = a[m] @ w[group of row m].T, block-scaled as in matmul_fp8.

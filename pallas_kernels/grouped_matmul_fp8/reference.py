@@ -18,7 +18,7 @@ def by_rows(
     b_codes_GNK: Float[Array, "G N K"],
     b_scale_Gnk: Float[Array, "G n k"],
     group_m: Int32[Array, "m"],
-    out_dtype: jnp.dtype,
+    out_dtype: jax.typing.DTypeLike,
 ) -> Float[Array, "M N"]:
     """Each 128 rows times the weight of their group; rows of group G, which has none, become 0."""
     num_groups, n, k = b_codes_GNK.shape

@@ -16,7 +16,7 @@ def matmul(
     codes_NK: Float[Array, "N K"],
     scale_nk: Float[Array, "n k"],
     *,
-    out_dtype: jnp.dtype = jnp.bfloat16,
+    out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
     implementation: str | None = None,
 ) -> Float[Array, "M N"]:
     """y[m, n] = sum over blocks k of 128 of scale_a[k, m] scale[n, k] (a block . b block), FP32.

@@ -1,6 +1,7 @@
 """Causal attention with d_qk != d_v: its checks and the choice of implementation."""
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.mla_attention import cudnn, reference
@@ -33,7 +34,7 @@ def mla_attention(
     return reference.mla_attention(q_BTNA, k_BSNA, v_BSNU, segments_BT, scale=scale)
 
 
-def choose(implementation: str | None, dtype: jnp.dtype, has_segments: bool) -> str:
+def choose(implementation: str | None, dtype: DTypeLike, has_segments: bool) -> str:
     """The implementation to run on the target device."""
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"{implementation=} must be one of {IMPLEMENTATIONS}")
