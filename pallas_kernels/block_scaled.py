@@ -1,10 +1,8 @@
 """Main loop of the block-scaled FP8 products on Hopper: 1 x 128 tiles times 128 x 128 blocks.
 
-One memory warpgroup fills a ring of stages by TMA, running ahead across output tiles; each compute
-warpgroup owns 64 rows, multiplies 128 of the contraction into fresh registers and adds the scaled
-product to FP32 sums (promotion). The warpgroups are not ordered against each other, so one's
-promotion hides behind the others' WGMMAs; three of them hide it best. Pairs of blocks along the
-columns share the row operand by multicast.
+The structure is pipeline.py's. Each compute warpgroup multiplies 128 of the contraction into fresh
+registers and adds the scaled product to FP32 sums (promotion), which hides behind the WGMMAs of the
+other warpgroups; three of them hide it best.
 """
 
 import dataclasses
@@ -16,7 +14,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import mosaic
+from pallas_kernels import mosaic, pipeline
 
 F8 = jnp.float8_e4m3fn
 DEPTH = 128
@@ -37,18 +35,29 @@ class Tiles:
     pair: bool = True
     # 24 leave 160 to each of three compute warpgroups; fewer than 152 spill.
     memory_registers: int = 24
+    # Row tiles of a dense product; 0: as few as cover the rows.
+    row_tiles: int = 0
 
     def __post_init__(self):
         if self.warpgroups not in (1, 2, 3):
             raise ValueError(f"{self.warpgroups=} must be 1, 2 or 3")
         if self.columns not in (16, 32, 64, 128):
             raise ValueError(f"{self.columns=} must divide a block of 128: 16, 32, 64 or 128")
-        if self.columns % self.store_columns:
-            raise ValueError(f"{self.columns=} must be divisible by {self.store_columns=}")
+        pipeline.check_store(self)
 
     @property
     def rows(self) -> int:
         return 64 * self.warpgroups
+
+
+def starts_of(slices: int | jax.Array, tiles: int | jax.Array, tile: int | jax.Array):
+    """First of the slices (64 rows) of a tile, if so many tiles share so many slices evenly.
+
+    In a tile of 64 rows nothing hides the promotion: 16 slices are better cut as 3, 3, 3, 3, 2, 2
+    than as 3, 3, 3, 3, 3, 1.
+    """
+    least = slices // tiles
+    return tile * least + jnp.minimum(tile, slices - least * tiles)
 
 
 def _body(
@@ -62,129 +71,101 @@ def _body(
 ):
     """Grouped: tile t has rows rows[t] to ends[t] and the weights of groups[t]; used[0] tiles."""
     table, refs = (refs[:4], refs[4:]) if grouped else ((), refs)
-    out_gmem, a_smem, b_smem, a_scale_smem, b_scale_smem, out_smem, full, free, scales = refs
+    out_gmem, a_smem, b_smem, a_scale_smem, b_scale_smem, scales, out_smem, full, free = refs
     warpgroup = lax.axis_index("warpgroup")
     num_rows, n = out_gmem.shape
     steps = a_gmem.shape[1] // DEPTH
-    pair = 2 if tiles.pair else 1
-    row_tiles = table[3][0] if grouped else pl.cdiv(num_rows, tiles.rows)
-    column_pairs = pl.cdiv(pl.cdiv(n, tiles.columns), pair)
-    grid = (row_tiles * column_pairs,)
-    shared = {"collective_axes": "pair"} if tiles.pair else {}
+    slices = pl.cdiv(num_rows, 64)
+    row_tiles = table[3][0] if grouped else tiles.row_tiles or pl.cdiv(num_rows, tiles.rows)
+    pairs = pipeline.column_pairs(n, tiles)
     num_scales = b_scale_smem.shape[0]
-    next_slot = lambda slot: lax.select(slot == tiles.stages - 1, jnp.int32(0), slot + 1)
-    next_scale = lambda i: lax.select(i == num_scales - 1, jnp.int32(0), i + 1)
+    next_slot = functools.partial(pipeline.next_slot, stages=tiles.stages)
+    next_scale = functools.partial(pipeline.next_slot, stages=num_scales)
     zero = jnp.int32(0)
 
-    def tile_of(info):
-        (index,) = info.index
-        tile, column = plgpu.planar_snake(index, (row_tiles, column_pairs), 1, tiles.band)
-        return tile, column * pair + lax.axis_index("pair")
+    def rows_of(tile):
+        if grouped:
+            return table[0][tile], table[2][tile]
+        return tuple(64 * starts_of(slices, row_tiles, tile + i) for i in (0, 1))
 
-    def memory():
-        plgpu.set_max_registers(tiles.memory_registers, action="decrease")
-
-        @plgpu.nd_loop(grid, collective_axes="cluster", init_carry=(zero, zero))
+    def loop(body):
+        @plgpu.nd_loop((row_tiles * pairs,), collective_axes="cluster", init_carry=(zero, zero))
         def last(info, carry):
+            (index,) = info.index
+            tile, column = pipeline.tile_at(index, row_tiles, pairs, tiles, 1)
             slot, scale = carry
-            tile, column = tile_of(info)
-            row = table[0][tile] if grouped else tile * tiles.rows
-            group = (table[1][tile],) if grouped else ()
-            rows, columns = pl.ds(row, tiles.rows), pl.ds(column * tiles.columns, tiles.columns)
+            return body(tile, column * tiles.columns, slot, scale), next_scale(scale)
 
-            def fill(i, slot):
-                plgpu.barrier_wait(free.at[slot])
+        return last[0]
 
-                @pl.when(i == 0)
-                def _():
-                    block = column * tiles.columns // 128
-                    plgpu.copy_gmem_to_smem(
-                        b_scale_gmem.at[(*group, block)], b_scale_smem.at[scale], scales.at[scale]
-                    )
+    def fetch(tile, column, slot, scale):
+        row, _ = rows_of(tile)
+        group = (table[1][tile],) if grouped else ()
+        rows, columns = pl.ds(row, tiles.rows), pl.ds(column, tiles.columns)
 
-                depth = pl.ds(i * DEPTH, DEPTH)
-                plgpu.copy_gmem_to_smem(
-                    a_gmem.at[rows, depth], a_smem.at[slot], full.at[slot], **shared
-                )
-                plgpu.copy_gmem_to_smem(
-                    b_gmem.at[(*group, columns, depth)], b_smem.at[slot], full.at[slot]
-                )
-                plgpu.copy_gmem_to_smem(
-                    a_scale_gmem.at[i, rows], a_scale_smem.at[slot], full.at[slot]
-                )
-                return next_slot(slot)
-
-            return lax.fori_loop(0, steps, fill, slot), next_scale(scale)
-
-        # No barrier may be left behind mid-flight: wait until every stage was consumed.
-        def wait(_, slot):
+        def fill(i, slot):
             plgpu.barrier_wait(free.at[slot])
+
+            @pl.when(i == 0)
+            def _():
+                weight = b_scale_gmem.at[(*group, column // 128)]
+                plgpu.copy_gmem_to_smem(weight, b_scale_smem.at[scale], scales.at[scale])
+
+            depth = pl.ds(i * DEPTH, DEPTH)
+            shared = pipeline.shared_by_pair(tiles)
+            copy = lambda source, target, **options: plgpu.copy_gmem_to_smem(
+                source, target.at[slot], full.at[slot], **options
+            )
+            copy(a_gmem.at[rows, depth], a_smem, **shared)
+            copy(b_gmem.at[(*group, columns, depth)], b_smem)
+            copy(a_scale_gmem.at[i, rows], a_scale_smem)
             return next_slot(slot)
 
-        lax.fori_loop(0, tiles.stages, wait, last[0])
+        return lax.fori_loop(0, steps, fill, slot)
 
-    def compute():
-        plgpu.set_max_registers(
-            mosaic.compute_registers(tiles.warpgroups, tiles.memory_registers), action="increase"
-        )
-        for stage in range(tiles.stages):
-            plgpu.barrier_arrive(free.at[stage])
+    def produce(tile, column, slot, scale):
         own = pl.ds(warpgroup * 64, 64)
         shape = (64, tiles.columns)
+        row, end = rows_of(tile)
+        row = row + warpgroup * 64
+        plgpu.barrier_wait(scales.at[scale])
 
-        @plgpu.nd_loop(grid, collective_axes="cluster", init_carry=(zero, zero))
-        def _(info, carry):
-            slot, scale = carry
-            tile, column = tile_of(info)
-            row = (table[0][tile] if grouped else tile * tiles.rows) + warpgroup * 64
-            plgpu.barrier_wait(scales.at[scale])
+        def multiply(slot):
+            def step(i, carry):
+                slot, total = carry
+                plgpu.barrier_wait(full.at[slot])
+                a_scale = mosaic.load(a_scale_smem.at[slot, own], plgpu.Layout.WGMMA.reduce(1))
+                factor = lax.broadcast_in_dim(a_scale * b_scale_smem[scale, i], shape, (0,))
 
-            def multiply(slot):
-                def step(i, carry):
-                    slot, total = carry
-                    plgpu.barrier_wait(full.at[slot])
-                    a_scale = mosaic.load(a_scale_smem.at[slot, own], plgpu.Layout.WGMMA.reduce(1))
-                    factor = lax.broadcast_in_dim(a_scale * b_scale_smem[scale, i], shape, (0,))
-
-                    def chunk(acc):
-                        plgpu.wgmma(acc, a_smem.at[slot, own], mosaic.transpose(b_smem.at[slot]))
-                        part = plgpu.wgmma_accumulator_load(acc, wait_n=0)
-                        plgpu.barrier_arrive(free.at[slot])
-                        return total + part * factor
-
-                    return next_slot(slot), pl.run_scoped(chunk, plgpu.ACC(shape, jnp.float32))
-
-                zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
-                slot, total = lax.fori_loop(0, steps, step, (slot, zeros))
-                width = tiles.store_columns
-                for piece in range(tiles.columns // width):
-                    buffer = out_smem.at[warpgroup, piece % tiles.store_buffers]
-                    plgpu.wait_smem_to_gmem(tiles.store_buffers - 1, wait_read_only=True)
-                    part = total[:, piece * width : (piece + 1) * width]
-                    buffer[...] = part.astype(out_smem.dtype)
-                    plgpu.commit_smem()
-                    columns = pl.ds(column * tiles.columns + piece * width, width)
-                    plgpu.copy_smem_to_gmem(buffer, out_gmem.at[pl.ds(row, 64), columns])
-                return slot
-
-            # The last tile of a group (or of the rows) may have fewer rows than it is high: a
-            # warpgroup without rows leaves the tensor cores to the others, and writes nothing.
-            def pass_by(slot):
-                def step(_, slot):
-                    plgpu.barrier_wait(full.at[slot])
-                    # Without WGMMAs only this keeps the four warps in the same phase.
-                    plgpu.commit_smem()
+                def chunk(acc):
+                    plgpu.wgmma(acc, a_smem.at[slot, own], mosaic.transpose(b_smem.at[slot]))
+                    part = plgpu.wgmma_accumulator_load(acc, wait_n=0)
                     plgpu.barrier_arrive(free.at[slot])
-                    return next_slot(slot)
+                    return total + part * factor
 
-                return lax.fori_loop(0, steps, step, slot)
+                return next_slot(slot), pl.run_scoped(chunk, plgpu.ACC(shape, jnp.float32))
 
-            end = table[2][tile] if grouped else num_rows
-            return lax.cond(row < end, multiply, pass_by, slot), next_scale(scale)
+            zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+            slot, total = lax.fori_loop(0, steps, step, (slot, zeros))
+            out = lambda start, width: out_gmem.at[pl.ds(row, 64), pl.ds(column + start, width)]
+            pipeline.store(total, out, out_smem, tiles)
+            return slot
 
-        plgpu.wait_smem_to_gmem(0)
+        # A warpgroup without rows in this tile leaves the tensor cores to the others and writes
+        # nothing.
+        def pass_by(slot):
+            def step(_, slot):
+                plgpu.barrier_wait(full.at[slot])
+                # Without WGMMAs only this keeps the four warps in the same phase.
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(free.at[slot])
+                return next_slot(slot)
 
-    lax.cond(warpgroup < tiles.warpgroups, compute, memory)
+            return lax.fori_loop(0, steps, step, slot)
+
+        return lax.cond(row < end, multiply, pass_by, slot)
+
+    pipeline.specialise(lambda: loop(fetch), lambda: loop(produce), free, tiles)
 
 
 def matmul(
@@ -209,38 +190,26 @@ def matmul(
     num_rows, k = a_MK.shape
     a_MK = mosaic.pad_rows(a_MK)
     n = b_NK.shape[-2]
-    pair = 2 if tiles.pair else 1
     # The memory warpgroup is at most `stages` steps ahead of the weight scales in use.
     num_scales = -(-tiles.stages // (k // DEPTH)) + 1
-    stage = lambda rows: plgpu.SMEM(
-        (tiles.stages, rows, DEPTH), F8, transforms=mosaic.swizzled(DEPTH, F8)
-    )
-    kernel = mosaic.launch(
-        functools.partial(_body, tiles=tiles, grouped=bool(table)),
+    out_type = jax.ShapeDtypeStruct((a_MK.shape[0], n), out_dtype)
+    kernel = pipeline.launch(
+        functools.partial(_body, grouped=bool(table)),
         name=name,
-        out_type=jax.ShapeDtypeStruct((a_MK.shape[0], n), out_dtype),
-        grid=(cores // pair,),
-        grid_names=("cluster",),
-        cluster=(pair,),
-        cluster_names=("pair",),
-        num_threads=tiles.warpgroups + 1,
-        thread_name="warpgroup",
-        scratch_types=[
-            stage(tiles.rows),
-            stage(tiles.columns),
-            plgpu.SMEM((tiles.stages, tiles.rows), jnp.float32),
+        tiles=tiles,
+        cores=cores,
+        out_type=out_type,
+        operands=[
+            pipeline.ring(tiles, (tiles.rows, DEPTH), F8),
+            pipeline.ring(tiles, (tiles.columns, DEPTH), F8),
+            pipeline.ring(tiles, (tiles.rows,), jnp.float32, swizzle=False),
+        ],
+        more=[
             plgpu.SMEM((num_scales, b_scale_nk.shape[-1]), jnp.float32),
-            plgpu.SMEM(
-                (tiles.warpgroups, tiles.store_buffers, 64, tiles.store_columns),
-                out_dtype,
-                transforms=mosaic.swizzled(tiles.store_columns, out_dtype, n),
-            ),
-            plgpu.Barrier(num_arrivals=3, num_barriers=tiles.stages),
-            plgpu.ClusterBarrier(
-                collective_axes=("pair",), num_arrivals=tiles.warpgroups, num_barriers=tiles.stages
-            ),
             plgpu.Barrier(num_arrivals=1, num_barriers=num_scales),
         ],
+        store_type=out_type,
+        arrivals=3,
         interpret=interpret,
     )
     out_MN = kernel(a_MK, b_NK, a_scale_kM, b_scale_nk, *table)

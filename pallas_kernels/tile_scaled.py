@@ -2,8 +2,8 @@
 
 w[g] = sum over the tokens m of group g of outer(y[:, m], x[:, m]). Both operands come transposed,
 with tokens contiguous, since FP8 WGMMA contracts the last dimension only; a tile of 128 tokens has
-one scale per row of y and one per row of x. The structure is that of block_scaled.py; the column
-scales take columns / 4 more registers, so three compute warpgroups fit with 96 columns.
+one scale per row of y and one per row of x. The structure is pipeline.py's, as in block_scaled.py;
+the column scales take columns / 4 more registers, so three compute warpgroups fit with 96 columns.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import mosaic
+from pallas_kernels import mosaic, pipeline
 
 F8 = jnp.float8_e4m3fn
 DEPTH = 128
@@ -37,10 +37,9 @@ class Tiles:
     memory_registers: int = 40
 
     def __post_init__(self):
-        if self.columns % 8 or self.columns % self.store_columns or self.columns > 256:
-            raise ValueError(
-                f"{self.columns=} must be at most 256 and divisible by {self.store_columns=}"
-            )
+        if self.columns % 8 or self.columns > 256:
+            raise ValueError(f"{self.columns=} must be a multiple of 8 up to 256")
+        pipeline.check_store(self)
 
     @property
     def rows(self) -> int:
@@ -52,103 +51,70 @@ def _body(y_gmem, x_gmem, y_scale_gmem, x_scale_gmem, starts_gmem, sizes_gmem, *
     w_gmem, y_smem, x_smem, y_scale_smem, x_scale_smem, w_smem, full, free = refs
     warpgroup = lax.axis_index("warpgroup")
     num_groups, n, k = w_gmem.shape
-    pair = 2 if tiles.pair else 1
-    row_tiles, column_pairs = pl.cdiv(n, tiles.rows), pl.cdiv(pl.cdiv(k, tiles.columns), pair)
-    shared = {"collective_axes": "pair"} if tiles.pair else {}
-    next_slot = lambda slot: lax.select(slot == tiles.stages - 1, jnp.int32(0), slot + 1)
+    row_tiles, pairs = pl.cdiv(n, tiles.rows), pipeline.column_pairs(k, tiles)
+    next_slot = functools.partial(pipeline.next_slot, stages=tiles.stages)
 
     def loop(body):
-        grid = (num_groups, row_tiles * column_pairs)
+        grid = (num_groups, row_tiles * pairs)
 
         @plgpu.nd_loop(grid, collective_axes="cluster", init_carry=jnp.int32(0))
-        def slot(info, carry):
+        def last(info, carry):
             group, index = info.index
-            row, column = plgpu.planar_snake(index, (row_tiles, column_pairs), 1, tiles.band)
-            column = column * pair + lax.axis_index("pair")
+            row, column = pipeline.tile_at(index, row_tiles, pairs, tiles, 1)
             steps = lax.div(sizes_gmem[group], jnp.int32(DEPTH))
             return body(group, steps, row * tiles.rows, column * tiles.columns, carry)
 
-        return slot
+        return last
 
-    def memory():
-        plgpu.set_max_registers(tiles.memory_registers, action="decrease")
+    def fetch(group, steps, row, column, slot):
+        first = lax.div(starts_gmem[group], jnp.int32(DEPTH))
+        rows, columns = pl.ds(row, tiles.rows), pl.ds(column, tiles.columns)
 
-        def fetch(group, steps, row, column, slot):
-            first = lax.div(starts_gmem[group], jnp.int32(DEPTH))
-            rows, columns = pl.ds(row, tiles.rows), pl.ds(column, tiles.columns)
-
-            def fill(i, slot):
-                plgpu.barrier_wait(free.at[slot])
-                block = first + i
-                depth = pl.ds(block * DEPTH, DEPTH)
-                plgpu.copy_gmem_to_smem(
-                    y_gmem.at[rows, depth], y_smem.at[slot], full.at[slot], **shared
-                )
-                plgpu.copy_gmem_to_smem(x_gmem.at[columns, depth], x_smem.at[slot], full.at[slot])
-                plgpu.copy_gmem_to_smem(
-                    y_scale_gmem.at[block, rows], y_scale_smem.at[slot], full.at[slot]
-                )
-                plgpu.copy_gmem_to_smem(
-                    x_scale_gmem.at[block, columns], x_scale_smem.at[slot], full.at[slot]
-                )
-                return next_slot(slot)
-
-            return lax.fori_loop(0, steps, fill, slot)
-
-        # No barrier may be left behind mid-flight: wait until every stage was consumed.
-        def wait(_, slot):
+        def fill(i, slot):
             plgpu.barrier_wait(free.at[slot])
+            block = first + i
+            depth = pl.ds(block * DEPTH, DEPTH)
+            shared = pipeline.shared_by_pair(tiles)
+            copy = lambda source, target, **options: plgpu.copy_gmem_to_smem(
+                source, target.at[slot], full.at[slot], **options
+            )
+            copy(y_gmem.at[rows, depth], y_smem, **shared)
+            copy(x_gmem.at[columns, depth], x_smem)
+            copy(y_scale_gmem.at[block, rows], y_scale_smem)
+            copy(x_scale_gmem.at[block, columns], x_scale_smem)
             return next_slot(slot)
 
-        lax.fori_loop(0, tiles.stages, wait, loop(fetch))
+        return lax.fori_loop(0, steps, fill, slot)
 
-    def compute():
-        plgpu.set_max_registers(
-            mosaic.compute_registers(tiles.warpgroups, tiles.memory_registers), action="increase"
-        )
-        for stage in range(tiles.stages):
-            plgpu.barrier_arrive(free.at[stage])
+    def produce(group, steps, row, column, slot):
         own = pl.ds(warpgroup * 64, 64)
         shape = (64, tiles.columns)
         layout = plgpu.Layout.WGMMA
 
-        def produce(group, steps, row, column, slot):
-            def step(i, carry):
-                slot, total = carry
-                plgpu.barrier_wait(full.at[slot])
-                y_scale = mosaic.load(y_scale_smem.at[slot, own], layout.reduce(1))
-                x_scale = mosaic.load(x_scale_smem.at[slot], layout.reduce(0))
+        def step(i, carry):
+            slot, total = carry
+            plgpu.barrier_wait(full.at[slot])
+            y_scale = mosaic.load(y_scale_smem.at[slot, own], layout.reduce(1))
+            x_scale = mosaic.load(x_scale_smem.at[slot], layout.reduce(0))
 
-                def multiply(acc):
-                    plgpu.wgmma(acc, y_smem.at[slot, own], mosaic.transpose(x_smem.at[slot]))
-                    part = plgpu.wgmma_accumulator_load(acc, wait_n=0)
-                    plgpu.barrier_arrive(free.at[slot])
-                    by_column = part * lax.broadcast_in_dim(x_scale, shape, (1,))
-                    return total + by_column * lax.broadcast_in_dim(y_scale, shape, (0,))
+            def multiply(acc):
+                plgpu.wgmma(acc, y_smem.at[slot, own], mosaic.transpose(x_smem.at[slot]))
+                part = plgpu.wgmma_accumulator_load(acc, wait_n=0)
+                plgpu.barrier_arrive(free.at[slot])
+                by_column = part * lax.broadcast_in_dim(x_scale, shape, (1,))
+                return total + by_column * lax.broadcast_in_dim(y_scale, shape, (0,))
 
-                total = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
-                return next_slot(slot), total
+            total = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+            return next_slot(slot), total
 
-            zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
-            slot, total = lax.fori_loop(0, steps, step, (slot, zeros))
-            width = tiles.store_columns
-            for piece in range(tiles.columns // width):
-                buffer = w_smem.at[warpgroup, piece % tiles.store_buffers]
-                plgpu.wait_smem_to_gmem(tiles.store_buffers - 1, wait_read_only=True)
-                buffer[...] = total[:, piece * width : (piece + 1) * width]
-                plgpu.commit_smem()
-                columns = pl.ds(column + piece * width, width)
-                plgpu.copy_smem_to_gmem(
-                    buffer,
-                    w_gmem.at[group, pl.ds(row + warpgroup * 64, 64), columns],
-                    reduction_op="add" if add else None,
-                )
-            return slot
+        zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
+        slot, total = lax.fori_loop(0, steps, step, (slot, zeros))
+        rows = pl.ds(row + warpgroup * 64, 64)
+        out = lambda start, width: w_gmem.at[group, rows, pl.ds(column + start, width)]
+        pipeline.store(total, out, w_smem, tiles, add=add)
+        return slot
 
-        loop(produce)
-        plgpu.wait_smem_to_gmem(0)
-
-    lax.cond(warpgroup < tiles.warpgroups, compute, memory)
+    pipeline.specialise(lambda: loop(fetch), lambda: loop(produce), free, tiles)
 
 
 def matmul(
@@ -171,38 +137,23 @@ def matmul(
     with finite scales. A group without tokens gets exactly 0.
     """
     n, k = y_NM.shape[0], x_KM.shape[0]
-    pair = 2 if tiles.pair else 1
-    stage = lambda rows: plgpu.SMEM(
-        (tiles.stages, rows, DEPTH), F8, transforms=mosaic.swizzled(DEPTH, F8)
-    )
     out_type = jax.ShapeDtypeStruct((sizes_G.shape[0], n, k), jnp.float32)
     # Before jax 0.11 a kernel cannot write into an operand.
     add = accumulator_GNK is not None and jax.__version_info__ >= (0, 11)
-    kernel = mosaic.launch(
-        functools.partial(_body, tiles=tiles, add=add),
+    kernel = pipeline.launch(
+        functools.partial(_body, add=add),
         name=name,
+        tiles=tiles,
+        cores=cores,
         out_type=() if add else out_type,
-        grid=(cores // pair,),
-        grid_names=("cluster",),
-        cluster=(pair,),
-        cluster_names=("pair",),
-        num_threads=tiles.warpgroups + 1,
-        thread_name="warpgroup",
-        scratch_types=[
-            stage(tiles.rows),
-            stage(tiles.columns),
-            plgpu.SMEM((tiles.stages, tiles.rows), jnp.float32),
-            plgpu.SMEM((tiles.stages, tiles.columns), jnp.float32),
-            plgpu.SMEM(
-                (tiles.warpgroups, tiles.store_buffers, 64, tiles.store_columns),
-                jnp.float32,
-                transforms=mosaic.swizzled(tiles.store_columns, jnp.float32, k),
-            ),
-            plgpu.Barrier(num_arrivals=4, num_barriers=tiles.stages),
-            plgpu.ClusterBarrier(
-                collective_axes=("pair",), num_arrivals=tiles.warpgroups, num_barriers=tiles.stages
-            ),
+        operands=[
+            pipeline.ring(tiles, (tiles.rows, DEPTH), F8),
+            pipeline.ring(tiles, (tiles.columns, DEPTH), F8),
+            pipeline.ring(tiles, (tiles.rows,), jnp.float32, swizzle=False),
+            pipeline.ring(tiles, (tiles.columns,), jnp.float32, swizzle=False),
         ],
+        store_type=out_type,
+        arrivals=4,
         interpret=interpret,
     )
     operands = (y_NM, x_KM, y_scale_mN, x_scale_mK, starts_G, sizes_G)

@@ -141,15 +141,15 @@ def _by_rows(x, w_GNK, group_sizes_G, alignment, implementation, *, contract_las
 
 def _by_contraction(y_MN, x_MK, group_sizes_G, alignment, implementation, out_dtype):
     if implementation == "hopper":
-        w_GNK = hopper.by_contraction(
+        return hopper.by_contraction(
             y_MN,
             x_MK,
             group_sizes_G,
             alignment=alignment,
             tiles=hopper.tiles_by_contraction(x_MK.shape[0], group_sizes_G.shape[0]),
             cores=mosaic.target().cores,
+            out_dtype=jnp.dtype(out_dtype),
         )
-        return w_GNK.astype(out_dtype)
     return reference.by_contraction(
         y_MN, x_MK, group_sizes_G, alignment=alignment, out_dtype=out_dtype
     )

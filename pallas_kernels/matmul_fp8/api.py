@@ -36,12 +36,13 @@ def matmul(
         raise ValueError(f"{out_dtype=} must be bfloat16 or float32")
     if implementation == "reference":
         return reference.matmul(*a, codes_NK, scale_nk, out_dtype)
+    cores = mosaic.target().cores
     return hopper.matmul(
         *a,
         codes_NK,
         scale_nk,
-        tiles=hopper.tiles_of(a.codes.shape[0], *codes_NK.shape),
-        cores=mosaic.target().cores,
+        tiles=hopper.tiles_of(a.codes.shape[0], *codes_NK.shape, cores),
+        cores=cores,
         out_dtype=jnp.dtype(out_dtype),
     )
 

@@ -45,7 +45,7 @@ def test_forward_and_both_gradients_lower_for_hopper(shape, w_dtype):
 
 
 TILES = [
-    (hopper.Tiles(columns=176, store_columns=16, store_buffers=8), hopper.Tiles(64, 4, 32)),
+    (hopper.Tiles(columns=176, store_columns=16, store_buffers=1), hopper.Tiles(64, 4, 32)),
     (hopper.Tiles(columns=128, stages=6, pair=False), hopper.Tiles(128, 5, 32, pair=False)),
     (hopper.Tiles(columns=192, band=8, store_buffers=1), hopper.Tiles(192, 4, 32)),
 ]
@@ -70,6 +70,8 @@ def test_odd_tiles_are_refused():
         hopper.Tiles(columns=260)
     with pytest.raises(ValueError, match="store_columns=48"):
         hopper.Tiles(columns=256, store_columns=48)
+    with pytest.raises(ValueError, match="store_buffers=2 must divide the 3 pieces"):
+        hopper.Tiles(columns=192, store_columns=64, store_buffers=2)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,10 @@
 """Block-scaled products: values, gradients and errors against float64, lowering, refusals."""
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +18,7 @@ from tests.conftest import LIMITS, relative_error
 from tests.pallas_kernels.lowering import A100, HOPPER, TPU, kernels_in, on
 from tests.pallas_kernels.numeric import float64, normal
 
+ROOT = Path(__file__).resolve().parents[3]
 M, N, K = 72, 272, 400
 BF16, F32, F8 = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn
 shape_of = jax.ShapeDtypeStruct
@@ -122,8 +127,9 @@ TILES = [
     block_scaled.Tiles(store_columns=64, store_buffers=1),
     block_scaled.Tiles(stages=5, store_buffers=1),
     block_scaled.Tiles(warpgroups=2, stages=6, memory_registers=40),
-    block_scaled.Tiles(1, 16, 14, store_columns=16, pair=False, memory_registers=40),
-    block_scaled.Tiles(1, 32, 14, memory_registers=40),
+    block_scaled.Tiles(row_tiles=5),
+    block_scaled.Tiles(1, 16, 14, 16, 1, pair=False, memory_registers=40),
+    block_scaled.Tiles(1, 32, 14, 32, 1, memory_registers=40),
     block_scaled.Tiles(2, 64, 8, pair=False, memory_registers=40),
 ]
 
@@ -139,6 +145,20 @@ def test_other_tiles_lower(tiles):
         )
         call = functools.partial(hopper.matmul, tiles=tiles, cores=132, out_dtype=BF16)
         jax.jit(call).trace(*shapes).lower(lowering_platforms=("cuda",))
+
+
+@pytest.mark.parametrize("slices, tiles", [(64, 22), (64, 24), (16, 6), (1, 1), (5, 5)])
+def test_row_tiles_share_the_rows_evenly(slices, tiles):
+    starts = block_scaled.starts_of(slices, tiles, np.arange(tiles + 1))
+    assert starts[0] == 0 and starts[-1] == slices
+    assert set(np.diff(starts)) <= {slices // tiles, slices // tiles + 1}
+
+
+def test_row_tiles_balance_the_blocks():
+    # 5.3 tiles of 192 x 256 a pair of blocks: some would have 6, now 4 high ones and 2 low ones.
+    assert hopper.tiles_of(4096, 4096, 7168, 132).row_tiles == 24
+    # 32 tiles each already.
+    assert hopper.tiles_of(4096, 24576, 1536, 132).row_tiles == 22
 
 
 def test_odd_tiles_are_refused():
@@ -185,6 +205,20 @@ BAD = {
 def test_bad_input_is_refused(bad, message):
     with pytest.raises(ValueError, match=message):
         bad()
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter needs jax >= 0.11")
+@pytest.mark.parametrize("case", ["dense", "by_rows", "by_contraction"])
+def test_interpreted(case):
+    # After an error the interpreter's process is of no use, so each case has its own.
+    run = subprocess.run(
+        [sys.executable, Path(__file__).with_name("interpret.py"), case],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 @pytest.mark.parametrize("device", [TPU, A100], ids=["tpu", "a100"])

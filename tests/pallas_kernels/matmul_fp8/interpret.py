@@ -1,0 +1,61 @@
+"""Interprets one tiny case of an FP8 product on CPU: values against the reference.
+
+Without race detection: it wants a fence between the ordinary load of a stage's scales and the copy
+that refills the stage, which the loads' arrival at the barrier orders on the card.
+"""
+
+import os
+import sys
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+# The interpreter's callbacks block: with few cores they starve the thread pool.
+os.environ["NPROC"] = "32"
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import block_scaled, tile_scaled
+from pallas_kernels.grouped_matmul.groups import group_of_block, group_starts, padded_sizes
+from pallas_kernels.grouped_matmul_fp8 import hopper as grouped
+from pallas_kernels.grouped_matmul_fp8 import reference as grouped_reference
+from pallas_kernels.matmul_fp8 import hopper, reference
+from pallas_kernels.quantize_fp8.reference import blocks, tiles
+
+SIZES = np.array([130, 0, 200], np.int32)
+
+
+def main(case: str):
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    options = dict(cores=4, interpret=plgpu.InterpretGPUParams())
+    sizes = (group_starts(SIZES, 128), padded_sizes(SIZES, 128))
+    group_m = group_of_block(SIZES, num_blocks=5, alignment=128)
+    if case == "dense":
+        # Six slices of 64 rows, the last one short, in four tiles of 2, 2, 1, 1.
+        shape = block_scaled.Tiles(2, 128, 2, row_tiles=4, band=1, memory_registers=40)
+        a, (b_codes, b_scale) = tiles(normal(328, 256), False), blocks(normal(1, 272, 256), False)
+        operands, options["out_dtype"] = (*a, b_codes[0], b_scale[0]), jnp.bfloat16
+        found = hopper.matmul(*operands, tiles=shape, **options)
+        right = reference.matmul(*operands, jnp.bfloat16)
+    if case == "by_rows":
+        shape = block_scaled.Tiles(3, 64, 2, band=2)
+        operands = *tiles(normal(640, 128), False), *blocks(normal(3, 144, 128), False)
+        options["out_dtype"] = jnp.bfloat16
+        found = grouped.by_rows(*operands, *sizes, tiles=shape, **options)[:512]
+        right = grouped_reference.by_rows(*operands, group_m, jnp.bfloat16)[:512]
+    if case == "by_contraction":
+        shape = tile_scaled.Tiles(2, 96, 2, store_buffers=3, band=1)
+        operands = *tiles(normal(144, 640), False), *tiles(normal(80, 640), False)
+        found = grouped.by_contraction(*operands, *sizes, None, tiles=shape, **options)
+        right = grouped_reference.by_contraction(
+            *operands, group_m, jnp.zeros((3, 144, 80), jnp.float32)
+        )
+    found, right = np.asarray(found, np.float64), np.asarray(right, np.float64)
+    error = np.linalg.norm(found - right) / np.linalg.norm(right)
+    print(f"{case}: jax {jax.__version__}, relative error {error:.1e}")
+    assert error < (1e-6 if case == "by_contraction" else 3e-3)
+
+
+main(sys.argv[1])
