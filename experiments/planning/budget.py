@@ -1,0 +1,225 @@
+"""What one train step holds, computes and sends on each device, by formula.
+
+Written from the model's sizes, the letter tables, the mesh and the recipe; nothing is compiled.
+A plan sets the compiler's figures beside these.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from deepseek_jax.linear import DTYPES
+from experiments.planning.setup import Setup
+from experiments.planning.weights import (
+    Weight,
+    optimizer_bytes,
+    parameter_bytes,
+    shards,
+    weights,
+)
+from sharding.cost import Transfer, Work
+from sharding.expert_parallel import axis_hops
+
+# Products that the backward pass does again under each policy of block.REMAT, as parts of
+# `forward_flops`: what lies between two things that are kept. The last product of a block is not
+# among them, its result is the block's.
+AGAIN = {
+    "none": {},
+    "paper": {"attention": 0.85, "attention core": 1.0, "router": 1.0},
+    "attention": {"attention": 1.0, "attention core": 1.0, "router": 1.0, "dense layers": 2 / 3,
+                  "routed experts": 2 / 3, "shared experts": 2 / 3},
+    "full": {"attention": 1.0, "attention core": 1.0, "router": 1.0, "dense layers": 2 / 3,
+             "routed experts": 2 / 3, "shared experts": 2 / 3},
+}  # fmt: skip
+# Elements of the model's width that norms, residuals, casts and copies of a layer read and write
+# for each token, forward and backward together.
+PASSES = 60
+BACKWARD_OVER_FORWARD = 2.0
+
+
+class Memory(NamedTuple):
+    """Bytes on one device."""
+
+    parameters: int
+    optimizer: int
+    gradients: int
+    kept: float  # activations that wait for the backward pass
+    working: float  # the largest layer at work: its gathered weights, gradients, activations
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def itemsize(setup: Setup) -> int:
+    """Bytes of an activation's element."""
+    return jnp.dtype(DTYPES[setup.run.precision.activations]).itemsize
+
+
+def memory(setup: Setup) -> Memory:
+    """The state exactly; activations and what a layer needs while it runs as estimates."""
+    run, mesh = setup.run, setup.mesh
+    stored = parameter_bytes(run, mesh)
+    # While micro-batches are added up there is a sum beside the gradient of the next.
+    gradients = stored * (2 if setup.accumulation > 1 else 1)
+    size, layers = itemsize(setup), run.config.num_layers + run.config.num_mtp
+    kept = setup.tokens * layers * size * kept_elements(setup, run.remat)
+    layer = [w for w in weights(run.config, mesh) if w.name.startswith("moe.")]
+    # Weights of two layers, one of them on its way, and the FP32 gradients of the largest two.
+    whole = sorted(w.size / w.layers / shards(w.computed, mesh) for w in layer)
+    at_work = 2 * sum(whole) * size + 4 * sum(whole[-2:])
+    largest = kept_elements(setup, "none") * 2.5 * setup.tokens * size
+    return Memory(stored, optimizer_bytes(run, mesh), gradients, kept, at_work + largest)
+
+
+def kept_elements(setup: Setup, remat: str) -> float:
+    """Elements that a MoE layer keeps of each token for the backward pass: block.REMAT."""
+    config, tensor = setup.run.config, setup.mesh["tensor"]
+    N, D, A = config.num_heads / tensor, config.model_dim, config.query_key_dim
+    U, Q, Y = config.value_head_dim, config.query_latent_dim or 0, config.cache_dim
+    F = config.expert_ffn_dim / tensor
+    rows = config.experts_per_token * (setup.scheme.room or 1.0)
+    latent, attention = Q + Y, N * U
+    hidden = 2 * F * (rows + config.num_shared_experts)
+    kept = {
+        "full": 0.0,
+        "attention": attention,
+        "paper": latent + attention + rows * D + hidden,
+        "none": 2 * D + 2 * latent + N * (2 * A + U) + 2 * attention + 2 * rows * D + 1.5 * hidden,
+    }
+    return D + kept[remat]
+
+
+def forward_flops(setup: Setup) -> dict[str, float]:
+    """Operations of one micro-batch's forward pass on a device, by part."""
+    config, mesh = setup.run.config, setup.mesh
+    flops: dict[str, float] = {}
+    for w in weights(config, mesh):
+        if w.is_matrix:
+            # Experts are split, but each device's receive tokens from all: an even load.
+            ways = shards(tuple(axis for axis in w.computed if axis != "expert"), mesh)
+            each = setup.tokens * w.flops(config) / ways
+            flops[w.part] = flops.get(w.part, 0.0) + each
+    core = 2 * config.num_heads * setup.run.seq_len * (config.query_key_dim + config.value_head_dim)
+    core = setup.tokens * core / 2 / mesh["tensor"]
+    flops["attention core"] = core * config.num_layers
+    if config.num_mtp:
+        head = 2.0 * config.vocab_size * config.model_dim
+        flops["MTP"] += config.num_mtp * (core + setup.tokens * head)
+    return flops
+
+
+def step_work(setup: Setup) -> list[Work]:
+    """The work of a step on a device."""
+    run, mesh, config = setup.run, setup.mesh, setup.run.config
+    again, fp8 = AGAIN[run.remat], run.precision.matmul == "fp8"
+    found = []
+    for part, forward in forward_flops(setup).items():
+        times = 1.0 + BACKWARD_OVER_FORWARD + again.get(part, 0.0)
+        if part == "MTP":
+            times += again.get("attention", 0.0)
+        total = forward * times * setup.accumulation
+        in_fp8 = fp8 and part not in ("attention core", "router", "head and loss")
+        found.append(Work(part, 0.0 if in_fp8 else total, total if in_fp8 else 0.0))
+    layers = config.num_layers + config.num_mtp
+    rows = config.experts_per_token * (setup.scheme.room or 1.0)
+    elements = config.model_dim * (PASSES + 6 * rows)
+    elements += 12 * rows * config.expert_ffn_dim / mesh["tensor"]
+    elementwise = setup.accumulation * layers * setup.tokens * elements * itemsize(setup)
+    found.append(Work("norms, casts, copies", bytes=elementwise))
+    # Read: gradient, master, moments; written: master, moments; and the norm reads gradients.
+    state = sum(w.size / shards(w.stored, mesh) for w in weights(config, mesh))
+    each = 4 + 2 * (4 + 2 * jnp.dtype(DTYPES[run.precision.moments]).itemsize) + 4
+    found.append(Work("optimizer", bytes=each * state))
+    used = sum(w.size / shards(w.computed, mesh) for w in weights(config, mesh))
+    # Each micro-batch casts its gathered weights twice, and adds its gradients to the sum.
+    found.append(Work("weights and gradients",
+                      bytes=setup.accumulation * (used * 3 * itemsize(setup) + state * 12)))
+    return found
+
+
+def wire_bytes(weight: Weight, setup: Setup) -> int:
+    """Bytes of an element of a weight as it is gathered."""
+    fp32 = setup.run.precision.activations == "fp32" or weight.leaf in ("embed_VD", "router_ED")
+    return 4 if fp32 else itemsize(setup)
+
+
+def step_transfers(setup: Setup) -> list[Transfer]:
+    """The collectives of a step: weights, gradients, dispatch and combine, tensor sums."""
+    return [*weight_transfers(setup), *expert_transfers(setup), *tensor_transfers(setup)]
+
+
+def weight_transfers(setup: Setup) -> list[Transfer]:
+    """Gathers of weights and sums of gradients, for every micro-batch."""
+    run, mesh, found = setup.run, setup.mesh, []
+    for w in weights(run.config, mesh):
+        times, size = setup.accumulation * w.layers, w.size / shards(w.computed, mesh)
+        stacked = w.name.startswith(("dense.", "moe."))
+        # A scanned layer's backward pass gathers its weights again.
+        gathers = 2 if stacked and run.remat != "none" else 1
+        scattered = size
+        if shards(w.gathered, mesh) > 1:
+            whole = setup.scheme.zero == 1
+            total = size * wire_bytes(w, setup) * (1 if whole else gathers * setup.accumulation)
+            found.append(Transfer("weights", "all-gather", w.gathered, total,
+                                  1 if whole else gathers * times, True))
+            found.append(Transfer("gradients", "reduce-scatter", w.gathered,
+                                  4 * size * setup.accumulation, times, True))
+            scattered = size / shards(w.gathered, mesh)
+        if shards(w.summed, mesh) > 1:
+            found.append(Transfer("gradients", "all-reduce", w.summed,
+                                  4 * scattered * setup.accumulation, times, True))
+    return found
+
+
+def hop_rows(setup: Setup) -> list[tuple[int, int]]:
+    """(group, rows) of the buffers that a device exchanges in each hop of dispatch."""
+    config, scheme, ranks = setup.run.config, setup.scheme, setup.mesh["expert"]
+    tokens, even, found = setup.tokens, setup.tokens * config.experts_per_token, []
+    for hop in axis_hops(ranks, scheme.expert_nodes):
+        group = len(hop.groups[0])
+        bound = math.ceil((scheme.room or group) * even / group)
+        bound = min(tokens, bound)
+        tokens = group * bound
+        found.append((group, tokens))
+    return found
+
+
+def expert_transfers(setup: Setup) -> list[Transfer]:
+    """Dispatch and combine, forward and backward; work that does not need them is not at hand."""
+    config, size = setup.run.config, itemsize(setup)
+    layers = config.num_moe_layers + (config.num_mtp if config.num_moe_layers else 0)
+    times = setup.accumulation * layers
+    again = setup.run.remat in ("attention", "full")
+    D, K = config.model_dim, config.experts_per_token
+    fp8 = setup.run.precision.matmul == "fp8"
+    codes = D + D // 128 * 4 if fp8 else D * size
+    found = []
+    for group, rows in hop_rows(setup):
+        # Dispatch forward (and again), and the gradient that goes back through combine.
+        to_experts = rows * codes * (3 if again else 2)
+        back = rows * D * size * 2
+        choices = rows * K * 4 * (6 if setup.run.remat != "none" else 4)
+        hop = "dispatch" if group == setup.mesh["expert"] else f"dispatch among {group}"
+        for part, total, count in ((hop, to_experts, 3 if again else 2),
+                                   (hop.replace("dispatch", "combine"), back, 2),
+                                   (hop.replace("dispatch", "choices"), choices, 6)):
+            found.append(Transfer(part, "all-to-all", ("expert",), total * times,
+                                  count * times, False))
+    return found
+
+
+def tensor_transfers(setup: Setup) -> list[Transfer]:
+    """Sums over the tensor axis: a block's two outputs forward, its inputs' gradients backward."""
+    config, size = setup.run.config, itemsize(setup)
+    if setup.mesh["tensor"] == 1:
+        return []
+    layers = config.num_layers + config.num_mtp
+    D, Q, C = config.model_dim, config.query_latent_dim or config.model_dim, config.kv_latent_dim
+    # Forward: attention, ffn (experts and shared each). Backward: latents, ffn inputs.
+    forward, backward = 3 * D, Q + C + 4 * D
+    again = 1 if setup.run.remat == "none" else 2
+    total = setup.tokens * layers * size * (forward * again + backward) * setup.accumulation
+    return [Transfer("tensor sums", "all-reduce", ("tensor",), total,
+                     (3 * again + 6) * layers * setup.accumulation, False)]

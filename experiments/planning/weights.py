@@ -1,0 +1,133 @@
+"""The weights of a run as a mesh holds them: what each device stores, multiplies with, gathers.
+
+Everything here is read off names, shapes and the letter tables, before anything is compiled.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from deepseek_jax.config import ModelConfig, Run
+from deepseek_jax.counts import abstract_model
+from deepseek_jax.linear import DTYPES
+from sharding.mesh import AXES
+from sharding.rules import BATCH_AXES, COMPUTE, STORE, Table, letters_of, weight_spec
+
+# The model multiplies with these whole, whatever the compute table says of V.
+WHOLE = ("embed_VD", "head_VD")
+
+
+class Weight(NamedTuple):
+    """One parameter, its layers stacked."""
+
+    name: str  # dotted path
+    shape: tuple[int, ...]
+    stored: tuple[str, ...]  # mesh axes that masters, moments and gradients are split over
+    computed: tuple[str, ...]  # those that products see it split over
+
+    @property
+    def leaf(self) -> str:
+        return self.name.rpartition(".")[2]
+
+    @property
+    def letters(self) -> str:
+        return letters_of(self.leaf)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def layers(self) -> int:
+        return self.shape[0] if len(self.shape) > len(self.letters) else 1
+
+    @property
+    def gathered(self) -> tuple[str, ...]:
+        """Axes over which it is gathered before use, and its gradient scattered after."""
+        return tuple(axis for axis in self.stored if axis not in self.computed)
+
+    @property
+    def summed(self) -> tuple[str, ...]:
+        """Axes over which its gradient is added up and stays whole."""
+        return tuple(
+            axis for axis in BATCH_AXES if axis not in self.gathered and axis not in self.computed
+        )
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether tokens are multiplied with it: no norm, no lookup."""
+        return len(self.letters) > 1 and self.leaf != "embed_VD"
+
+    @property
+    def part(self) -> str:
+        """The part of the model that a table lists it under."""
+        if self.name.startswith("mtp."):
+            return "MTP"
+        if self.leaf in WHOLE:
+            return "embedding" if self.leaf == "embed_VD" else "head and loss"
+        if ".attention." in self.name:
+            return "attention"
+        if self.leaf.endswith(("_EFD", "_EDF")):
+            return "routed experts"
+        if self.leaf == "router_ED":
+            return "router"
+        if ".shared." in self.name:
+            return "shared experts"
+        return "dense layers" if ".ffn." in self.name else "norms"
+
+    def flops(self, config: ModelConfig) -> float:
+        """Operations of the product of one token with it, all layers together."""
+        if not self.is_matrix:
+            return 0.0
+        routed = self.leaf.endswith(("_EFD", "_EDF"))
+        used = config.experts_per_token / config.num_experts if routed else 1.0
+        return 2.0 * self.size * used
+
+
+def weights(config: ModelConfig, mesh: Mapping[str, int]) -> list[Weight]:
+    """The parameters of a model on a mesh, given by the sizes of its axes."""
+    sizes = {axis: mesh.get(axis, 1) for axis in AXES}
+    found = []
+    for name, shape in shapes(config):
+        leaf = name.rpartition(".")[2]
+        split = lambda table, leaf=leaf, shape=shape: _axes(weight_spec(leaf, shape, table, sizes))
+        computed: Table = () if leaf in WHOLE else COMPUTE
+        found.append(Weight(name, shape, split(STORE), split(computed)))
+    return found
+
+
+@functools.cache
+def shapes(config: ModelConfig) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Names and shapes of a model's parameters, in the order of the tree."""
+    params = nnx.to_pure_dict(nnx.state(abstract_model(config), nnx.Param))
+    return tuple(
+        (jax.tree_util.keystr(path, simple=True, separator="."), leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    )
+
+
+def parameter_bytes(run: Run, mesh: Mapping[str, int]) -> int:
+    """Bytes of FP32 masters on a device."""
+    return sum(4 * w.size // shards(w.stored, mesh) for w in weights(run.config, mesh))
+
+
+def optimizer_bytes(run: Run, mesh: Mapping[str, int]) -> int:
+    """Bytes of both moments, and of the moving average where there is one, on a device."""
+    moment = jax.numpy.dtype(DTYPES[run.precision.moments]).itemsize
+    each = 2 * moment + (4 if run.ema_decay is not None else 0)
+    return sum(each * w.size // shards(w.stored, mesh) for w in weights(run.config, mesh))
+
+
+def shards(axes: tuple[str, ...], mesh: Mapping[str, int]) -> int:
+    """Into how many parts the axes split an array."""
+    return math.prod(mesh.get(axis, 1) for axis in axes)
+
+
+def _axes(spec: PartitionSpec) -> tuple[str, ...]:
+    entries = [(entry,) if isinstance(entry, str) else entry or () for entry in spec]
+    return tuple(axis for entry in entries for axis in entry)

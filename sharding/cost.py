@@ -1,0 +1,173 @@
+"""What a step computes, moves and waits for on given hardware.
+
+A step is a list of Work (operations and memory traffic) and of Transfers (collectives over mesh
+axes), both for one device. Seconds are those terms at the hardware's figures, each divided by the
+part of the figure that is reached in practice. Transfers that nothing waits for run behind the
+work; the others, and what the work is too short to hide, are exposed.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from sharding.hardware import Accelerator
+from sharding.mesh import AXES
+
+Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all"]
+
+
+class Work(NamedTuple):
+    """Operations of a part of the step on one device."""
+
+    part: str
+    flops_bf16: float = 0.0
+    flops_fp8: float = 0.0
+    bytes: float = 0.0  # read and written in memory beside what products read
+
+
+class Transfer(NamedTuple):
+    """Equal collectives over the devices that differ in `axes` only."""
+
+    part: str
+    kind: Kind
+    axes: tuple[str, ...]
+    bytes: float  # of the gathered, summed or exchanged array on a device, all times together
+    times: int
+    hidden: bool  # whether other work can go on meanwhile
+
+
+@dataclass(frozen=True)
+class Reached:
+    """How much of the hardware's figures programs reach; `overhead` is seconds of a step."""
+
+    products: float = 0.55
+    memory: float = 0.8
+    network: float = 0.8
+    message: float = 1.0  # times the latency of the link
+    overhead: float = 0.0
+    overlap: float = 0.9  # of the work that transfers can hide behind
+
+
+class Terms(NamedTuple):
+    """Seconds of one device at the hardware's own figures, by what limits them."""
+
+    products: float = 0.0
+    memory: float = 0.0
+    network: float = 0.0
+    messages: float = 0.0
+
+    def __add__(self, other):
+        return Terms(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def at(self, reached: Reached) -> float:
+        """Seconds in practice."""
+        return (
+            self.products / reached.products
+            + self.memory / reached.memory
+            + self.network / reached.network
+            + self.messages * reached.message
+        )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds of a step, and of its parts; `exposed` is communication that work does not hide."""
+
+    seconds: float
+    work: float
+    communication: float
+    exposed: float
+    work_by_part: Mapping[str, float]
+    communication_by_part: Mapping[str, float]
+
+
+def group_size(axes: Sequence[str], mesh: Mapping[str, int]) -> int:
+    """Devices in a collective over `axes`."""
+    return math.prod(mesh.get(axis, 1) for axis in axes)
+
+
+def members_in_node(axes: Sequence[str], mesh: Mapping[str, int], node: int) -> int:
+    """How many devices of a collective's group share a node; the last mesh axis is the closest.
+
+    Nodes are runs of `node` neighbours in the order of the mesh, so this counts the members
+    whose distance from the first is less than a node.
+    """
+    members, stride = [0], 1
+    for axis in reversed(AXES):
+        size = mesh.get(axis, 1)
+        if axis in axes:
+            members = [m + stride * i for m in members for i in range(size)]
+        stride *= size
+    return sum(member < node for member in members)
+
+
+def sent_bytes(kind: Kind, num_bytes: float, group: int) -> float:
+    """Bytes that leave a device: a ring for sums and gathers, all but its own part of an exchange.
+
+    `num_bytes` is the gathered array of an all-gather, the unsummed array of the two sums, the
+    array that an all-to-all exchanges.
+    """
+    passes = 2 if kind == "all-reduce" else 1
+    return passes * num_bytes * (group - 1) / group
+
+
+def work_terms(work: Work, hardware: Accelerator) -> Terms:
+    """The work at peak; FP8 products run at the FP8 peak."""
+    products = work.flops_bf16 / hardware.flops_bf16 + work.flops_fp8 / hardware.flops_fp8
+    return Terms(products=products, memory=work.bytes / hardware.memory_bandwidth)
+
+
+def transfer_terms(transfer: Transfer, mesh: Mapping[str, int], hardware: Accelerator) -> Terms:
+    """The transfer at the speed of the slower of the two networks that it crosses.
+
+    In a ring over nodes every byte crosses a node's boundary once, and the devices of the node
+    share that; in an exchange each device sends its own parts for other nodes itself.
+    """
+    group = group_size(transfer.axes, mesh)
+    if group == 1:
+        return Terms()
+    inside = members_in_node(transfer.axes, mesh, hardware.node)
+    if transfer.kind == "all-to-all":
+        inner = transfer.bytes * (inside - 1) / group
+        outer = transfer.bytes * (group - inside) / group
+    else:
+        sent = sent_bytes(transfer.kind, transfer.bytes, group)
+        inner = sent if inside > 1 else 0.0
+        outer = sent / inside if group > inside else 0.0
+    link = hardware.outer if group > inside else hardware.inner
+    hops = math.ceil(math.log2(group)) * (2 if transfer.kind == "all-reduce" else 1)
+    return Terms(
+        network=max(inner / hardware.inner.bandwidth, outer / hardware.outer.bandwidth),
+        messages=transfer.times * hops * link.latency,
+    )
+
+
+def predict(
+    work: Sequence[Work],
+    transfers: Sequence[Transfer],
+    mesh: Mapping[str, int],
+    hardware: Accelerator,
+    reached: Reached,
+) -> Prediction:
+    """Seconds of a step: its work, and the communication that the work does not hide."""
+    work_by_part: dict[str, float] = {}
+    for item in work:
+        seconds = work_terms(item, hardware).at(reached)
+        work_by_part[item.part] = work_by_part.get(item.part, 0.0) + seconds
+    communication: dict[str, float] = {}
+    hidden = 0.0
+    for item in transfers:
+        seconds = transfer_terms(item, mesh, hardware).at(reached)
+        communication[item.part] = communication.get(item.part, 0.0) + seconds
+        hidden += seconds if item.hidden else 0.0
+    busy, sending = sum(work_by_part.values()), sum(communication.values())
+    exposed = sending - hidden + max(0.0, hidden - reached.overlap * busy)
+    return Prediction(
+        seconds=busy + exposed + reached.overhead,
+        work=busy,
+        communication=sending,
+        exposed=exposed,
+        work_by_part=work_by_part,
+        communication_by_part=communication,
+    )
