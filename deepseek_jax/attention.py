@@ -12,11 +12,16 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from deepseek_jax import fp8
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.layers import normal, ones, rms_norm
-from deepseek_jax.linear import linear
+from deepseek_jax.layers import norm_for, normal, ones
+from deepseek_jax.linear import Activation, linear
 from deepseek_jax.rope import rotate, softmax_scale
-from pallas_kernels.mla_attention.api import mla_attention
+from pallas_kernels.mla_attention import (
+    mla_attention,
+    mla_attention_backward,
+    mla_attention_forward,
+)
 from sharding import local, shard
 
 
@@ -42,7 +47,7 @@ class Attention(nnx.Module):
     @jax.named_scope("attention")
     def __call__(
         self,
-        x_BTD: Float[Array, "B T D"],
+        x_BTD: Activation,
         rotations_BTr,
         *,
         segments_BT: Int[Array, "B T"] | None = None,
@@ -54,18 +59,18 @@ class Attention(nnx.Module):
         With a cache the T tokens stand at positions start_B + t of it and see what lies before.
         """
         q_BTNA = queries(self, x_BTD, rotations_BTr)
-        latent_BTY = latents(self, x_BTD, rotations_BTr)
+        content_BTC, rotary_BTR = latents(self, x_BTD, rotations_BTr)
+        latent_BTY = jnp.concatenate((fp8.values(content_BTC), rotary_BTR), axis=-1)
         if cache_BSY is None:
-            o_BTNU = expanded(self, q_BTNA, latent_BTY, segments_BT)
+            o_BTNU = expanded(self, q_BTNA, content_BTC, rotary_BTR, segments_BT)
             kept = latent_BTY
         else:
             kept = append(cache_BSY, latent_BTY, start_B)
             o_BTNU = absorbed(self, q_BTNA, kept, start_B)
-        o_BTNU = checkpoint_name(shard(o_BTNU, "BTNU"), "attention")
         return shard(linear("BTNU,DNU->BTD", o_BTNU, self.wo_DNU[...]), "BTD"), kept
 
 
-def queries(attention: Attention, x_BTD, rotations_BTr) -> Float[Array, "B T N A"]:
+def queries(attention: Attention, x_BTD: Activation, rotations_BTr) -> Float[Array, "B T N A"]:
     """Content and rotated part of each head's query (V3 eqs. 6-9)."""
     config = attention.config
     if config.query_latent_dim is None:
@@ -74,50 +79,106 @@ def queries(attention: Attention, x_BTD, rotations_BTr) -> Float[Array, "B T N A
         latent_BTQ = checkpoint_name(
             linear("BTD,QD->BTQ", x_BTD, attention.wq_a_QD[...]), "latent"
         )
-        latent_BTQ = rms_norm(latent_BTQ, attention.q_norm_Q[...], config.latent_norm_eps)
-        q_BTNA = linear("BTQ,NAQ->BTNA", latent_BTQ, attention.wq_b_NAQ[...])
+        wq_b_NAQ = attention.wq_b_NAQ[...]
+        latent_BTQ = norm_for(
+            wq_b_NAQ, latent_BTQ, attention.q_norm_Q[...], config.latent_norm_eps, "BTQ"
+        )
+        q_BTNA = linear("BTQ,NAQ->BTNA", latent_BTQ, wq_b_NAQ)
     content, rotary = jnp.split(q_BTNA, [config.content_head_dim], axis=-1)
     return jnp.concatenate((content, rotate(rotary, rotations_BTr)), axis=-1)
 
 
-def latents(attention: Attention, x_BTD, rotations_BTr) -> Float[Array, "B T Y"]:
-    """What MLA caches: [RMSNorm(W_DKV h); RoPE(W_KR h)] (V3 eqs. 1 and 3)."""
+def latents(
+    attention: Attention, x_BTD: Activation, rotations_BTr
+) -> tuple[Activation, Float[Array, "B T R"]]:
+    """What MLA caches: RMSNorm(W_DKV h) and RoPE(W_KR h) (V3 eqs. 1 and 3)."""
     config = attention.config
     down_BTY = checkpoint_name(
         linear("BTD,YD->BTY", x_BTD, attention.wkv_a_YD[...]), "latent"
     )
     content, rotary = jnp.split(down_BTY, [config.kv_latent_dim], axis=-1)
-    content = rms_norm(content, attention.kv_norm_C[...], config.latent_norm_eps)
-    rotary = rotate(rotary[:, :, None, :], rotations_BTr)[:, :, 0, :]
-    return jnp.concatenate((content, rotary), axis=-1)
+    content = norm_for(
+        attention.wkv_b_NXC[...],
+        content,
+        attention.kv_norm_C[...],
+        config.latent_norm_eps,
+        "BTC",
+    )
+    return content, rotate(rotary[:, :, None, :], rotations_BTr)[:, :, 0, :]
 
 
-def expanded(attention: Attention, q_BTNA, latent_BTY, segments_BT) -> Float[Array, "B T N U"]:
+def expanded(
+    attention: Attention, q_BTNA, content_BTC: Activation, rotary_BTR, segments_BT
+) -> Activation:
     """Attention on keys and values expanded per head from the latent (V3 eqs. 2, 4, 5, 10)."""
     config = attention.config
-    content_BTC, rotary_BTR = jnp.split(latent_BTY, [config.kv_latent_dim], axis=-1)
     kv_BTNX = linear("BTC,NXC->BTNX", content_BTC, attention.wkv_b_NXC[...])
     k_BTNH, v_BTNU = jnp.split(kv_BTNX, [config.content_head_dim], axis=-1)
     shared = jnp.broadcast_to(
         rotary_BTR[:, :, None, :], (*k_BTNH.shape[:-1], config.rotary_head_dim)
     )
     k_BTNA = jnp.concatenate((k_BTNH, shared), axis=-1)
-    attend = functools.partial(mla_attention, scale=softmax_scale(config))
-    if segments_BT is None:
-        return local(attend, "BTNA,BTNA,BTNU->BTNU")(q_BTNA, k_BTNA, v_BTNU)
-    masked = lambda q, k, v, segments: attend(q, k, v, segments_BT=segments)
-    return local(masked, "BTNA,BTNA,BTNU,BT->BTNU")(q_BTNA, k_BTNA, v_BTNU, segments_BT)
+    inputs, operands = "BTNA,BTNA,BTNU", (q_BTNA, k_BTNA, v_BTNU)
+    if segments_BT is not None:
+        inputs, operands = f"{inputs},BT", (*operands, segments_BT)
+    if fp8.is_quantized(attention.wo_DNU[...]):
+        attend = functools.partial(attend_e5m6, softmax_scale(config))
+        outputs = f"BTNU,{fp8.e5m6_letters('BTNU')}"
+        return fp8.E5M6(*local(attend, f"{inputs}->{outputs}")(*operands))
+    attend = functools.partial(attend_plain, softmax_scale(config))
+    o_BTNU = local(attend, f"{inputs}->BTNU")(*operands)
+    return checkpoint_name(shard(o_BTNU, "BTNU"), "attention")
 
 
-def absorbed(attention: Attention, q_BTNA, cache_BSY, start_B) -> Float[Array, "B T N U"]:
+def attend_plain(scale: float, q_BTNA, k_BTNA, v_BTNU, segments_BT=None) -> jax.Array:
+    return mla_attention(q_BTNA, k_BTNA, v_BTNU, scale=scale, segments_BT=segments_BT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend_e5m6(scale: float, q_BTNA, k_BTNA, v_BTNU, segments_BT=None):
+    """Attention with its output rounded to E5M6, as values and codes: all that is kept of it."""
+    return _attend_e5m6_fwd(scale, q_BTNA, k_BTNA, v_BTNU, segments_BT)[0]
+
+
+def _attend_e5m6_fwd(scale, q_BTNA, k_BTNA, v_BTNU, segments_BT):
+    o_BTNU, log_sum_exp = mla_attention_forward(
+        q_BTNA, k_BTNA, v_BTNU, scale=scale, segments_BT=segments_BT
+    )
+    codes = fp8.encode_e5m6(o_BTNU.reshape(*o_BTNU.shape[:2], -1))
+    codes, log_sum_exp = checkpoint_name((codes, log_sum_exp), "attention")
+    kept = fp8.E5M6(None, *codes)
+    o_BTNU = fp8.decode_e5m6(kept, o_BTNU.shape)
+    return (o_BTNU, *codes), (q_BTNA, k_BTNA, v_BTNU, segments_BT, kept, log_sum_exp)
+
+
+def _attend_e5m6_bwd(scale, saved, gradients):
+    q_BTNA, k_BTNA, v_BTNU, segments_BT, kept, log_sum_exp = saved
+    dq_BTNA, dk_BTNA, dv_BTNU = mla_attention_backward(
+        q_BTNA,
+        k_BTNA,
+        v_BTNU,
+        fp8.decode_e5m6(kept, v_BTNU.shape),
+        log_sum_exp,
+        gradients[0],
+        scale=scale,
+        segments_BT=segments_BT,
+    )
+    return dq_BTNA, dk_BTNA, dv_BTNU, None
+
+
+attend_e5m6.defvjp(_attend_e5m6_fwd, _attend_e5m6_bwd)
+
+
+def absorbed(attention: Attention, q_BTNA, cache_BSY, start_B) -> Activation:
     """The same attention with W_UK moved to the query and W_UV to the output.
 
     Every head reads the cached latents as they are: keys of C + R, values of C elements.
     """
     config = attention.config
-    w_k_NHC, w_v_NUC = jnp.split(attention.wkv_b_NXC[...], [config.content_head_dim], axis=1)
+    wkv_b_NXC = fp8.plain(attention.wkv_b_NXC[...], q_BTNA.dtype)
+    w_k_NHC, w_v_NUC = jnp.split(wkv_b_NXC, [config.content_head_dim], axis=1)
     q_BTNH, q_BTNR = jnp.split(q_BTNA, [config.content_head_dim], axis=-1)
-    q_BTNC = jnp.einsum("BTNH,NHC->BTNC", q_BTNH, w_k_NHC.astype(q_BTNH.dtype))
+    q_BTNC = jnp.einsum("BTNH,NHC->BTNC", q_BTNH, w_k_NHC)
     q_BTNY = jnp.concatenate((q_BTNC, q_BTNR), axis=-1)
     score_BNTS = softmax_scale(config) * jnp.einsum(
         "BTNY,BSY->BNTS", q_BTNY, cache_BSY, preferred_element_type=jnp.float32
@@ -129,7 +190,8 @@ def absorbed(attention: Attention, q_BTNA, cache_BSY, start_B) -> Float[Array, "
     weight_BNTS = jax.nn.softmax(score_BNTS, axis=-1).astype(cache_BSY.dtype)
     values_BSC = cache_BSY[:, :, : config.kv_latent_dim]
     z_BTNC = jnp.einsum("BNTS,BSC->BTNC", weight_BNTS, values_BSC)
-    return jnp.einsum("BTNC,NUC->BTNU", z_BTNC, w_v_NUC.astype(z_BTNC.dtype))
+    o_BTNU = jnp.einsum("BTNC,NUC->BTNU", z_BTNC, w_v_NUC.astype(z_BTNC.dtype))
+    return fp8.to_e5m6(o_BTNU) if fp8.is_quantized(attention.wo_DNU[...]) else o_BTNU
 
 
 def append(cache_BSY, latent_BTY, start_B) -> Float[Array, "B S Y"]:

@@ -8,7 +8,7 @@ from flax import nnx
 
 from deepseek_jax.attention import Attention
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.layers import FeedForward, ones, rms_norm
+from deepseek_jax.layers import FeedForward, norm_for, ones
 from deepseek_jax.moe import Load, MoE
 
 # What the backward pass keeps of a block beside its input; the rest is computed again.
@@ -41,15 +41,22 @@ class Block(nnx.Module):
                  start_B=None) -> tuple[jax.Array, "LayerOutput"]:
         eps = self.config.norm_eps
         o_BTD, latent = self.attention(
-            rms_norm(x_BTD, self.attention_norm_D[...], eps),
+            norm_for(
+                self.attention.wkv_a_YD[...], x_BTD, self.attention_norm_D[...], eps, "BTD"
+            ),
             rotations_BTr,
             segments_BT=segments_BT,
             cache_BSY=cache_BSY,
             start_B=start_B,
         )
         x_BTD = x_BTD + o_BTD
-        normed_BTD = rms_norm(x_BTD, self.ffn_norm_D[...], eps)
-        if isinstance(self.ffn, MoE):
+        is_moe = isinstance(self.ffn, MoE)
+        reader = self.ffn.w_gate_EFD if is_moe else self.ffn.w_gate_FD
+        # Tokens are dispatched as codes with scales that are powers of two.
+        normed_BTD = norm_for(
+            reader[...], x_BTD, self.ffn_norm_D[...], eps, "BTD", power_of_two=is_moe
+        )
+        if is_moe:
             y_BTD, load = self.ffn(normed_BTD, valid_BT)
         else:
             y_BTD, load = self.ffn(normed_BTD), None

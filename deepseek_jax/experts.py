@@ -1,19 +1,27 @@
 """The feed-forward networks of the routed experts, on rows sorted by expert."""
 
+import dataclasses
 import functools
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from deepseek_jax.layers import swiglu
+from deepseek_jax import fp8
+from deepseek_jax.fp8 import Quantized, QuantizedWeight
+from deepseek_jax.linear import product_fp8
+from deepseek_jax.swiglu import swiglu, swiglu_product_fp8
 from pallas_kernels.grouped_matmul.api import grouped_matmul
+from pallas_kernels.quantize_fp8 import quantize_tiles
+from sharding.expert_parallel import Path, Wire, combine, dispatch, send
+
+Weight = jax.Array | QuantizedWeight
 
 
 def expert_ffn(
-    x_MD: Float[Array, "M D"],
+    x_MD: jax.Array | Quantized,
     weight_M: Float[Array, " M"],
-    weights: tuple[jax.Array, jax.Array, jax.Array],
+    weights: tuple[Weight, Weight, Weight],
     group_sizes_E: Int[Array, " E"],
     alignment: int,
 ) -> Float[Array, "M D"]:
@@ -26,7 +34,46 @@ def expert_ffn(
       group_sizes_E: rows of each expert; groups start at multiples of `alignment`.
     """
     w_gate_EFD, w_up_EFD, w_down_EDF = weights
+    if fp8.is_quantized(w_down_EDF):
+        gate_MF = product_fp8(x_MD, w_gate_EFD, group_sizes_E)
+        up_MF = product_fp8(x_MD, w_up_EFD, group_sizes_E)
+        return swiglu_product_fp8(gate_MF, up_MF, w_down_EDF, weight_M, group_sizes_E)
     matmul = functools.partial(grouped_matmul, group_sizes_G=group_sizes_E, alignment=alignment)
     gate_MF = checkpoint_name(matmul(x_MD, w_gate_EFD), "ffn_hidden")
     up_MF = checkpoint_name(matmul(x_MD, w_up_EFD), "ffn_hidden")
     return matmul(swiglu(gate_MF, up_MF, weight_M[:, None]), w_down_EDF)
+
+
+def to_rows(x_TD: jax.Array | Quantized, path: Path) -> jax.Array | Quantized:
+    """Tokens to the rows of their experts; quantised ones travel as codes and scales."""
+    if isinstance(x_TD, Quantized):
+        codes, scale, x_MD = _send_codes(path.hops, x_TD.x, x_TD.codes, x_TD.scale, path.layouts)
+        return dataclasses.replace(x_TD, x=x_MD, codes=codes, scale=scale)
+    return checkpoint_name(dispatch(x_TD, path), "expert_input")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _send_codes(hops, x_TD, codes, scale, layouts):
+    codes, scale = checkpoint_name(send((codes, scale), Path(layouts, hops)), "expert_input")
+    # No product reads the values; the gradient of the rows belongs to them.
+    return codes, scale, fp8.decode_tiles(codes, scale, x_TD.shape[-1])
+
+
+def _send_codes_fwd(hops, x_TD, codes, scale, layouts):
+    return _send_codes(hops, x_TD, codes, scale, layouts), layouts
+
+
+def _send_codes_bwd(hops, layouts, gradients):
+    return combine(gradients[2], Path(layouts, hops)), None, None, None
+
+
+_send_codes.defvjp(_send_codes_fwd, _send_codes_bwd)
+
+
+def to_tokens(y_MD: Float[Array, "M D"], path: Path, quantized: bool) -> Float[Array, "T D"]:
+    """Sums each token's rows in BF16; in FP8 the gradients go the other way as codes and scales."""
+    if not quantized:
+        return combine(y_MD, path)
+    encode = lambda g_TD: fp8.per_token(quantize_tiles(g_TD, power_of_two=True), g_TD.shape[:1])
+    decode = lambda sent: fp8.decode_tiles(*sent, y_MD.shape[-1])
+    return combine(y_MD, path, Wire(encode, decode))

@@ -3,11 +3,13 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from deepseek_jax import fp8
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.linear import linear
+from deepseek_jax.fp8 import Quantized, QuantizedWeight
+from deepseek_jax.linear import Activation, linear
+from deepseek_jax.swiglu import swiglu_linear
 from sharding import local, shard
 
 
@@ -33,6 +35,22 @@ def rms_norm(x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float) -
     return (x32 * scale * weight).astype(x.dtype)
 
 
+def norm_for(
+    reader: jax.Array | QuantizedWeight,
+    x: Float[Array, "... D"],
+    gain: Float[Array, " D"],
+    eps: float,
+    letters: str,
+    *,
+    power_of_two: bool = False,
+) -> jax.Array | Quantized:
+    """RMSNorm as the product with `reader` takes it: in tiles where that weight is quantised."""
+    normed = rms_norm(x, gain, eps)
+    if not fp8.is_quantized(reader):
+        return normed
+    return fp8.quantize_norm(x, normed, gain, letters, epsilon=eps, power_of_two=power_of_two)
+
+
 @jax.named_scope("embed")
 def embed(
     tokens_BT: Int[Array, "B T"], embed_VD: Float[Array, "V D"], dtype: jax.typing.DTypeLike
@@ -40,12 +58,6 @@ def embed(
     """Rows of the embedding in `dtype`; their gradients are added up in the table's own dtype."""
     rows = local(lambda tokens, table: table[tokens], "BT,VD->BTD", whole="V")
     return shard(rows(tokens_BT, embed_VD).astype(dtype), "BTD")
-
-
-def swiglu(gate: jax.Array, up: jax.Array, weight: jax.Array | None = None) -> jax.Array:
-    """SiLU(gate) * up, times the routing weight where there is one; computed in FP32."""
-    hidden = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
-    return (hidden if weight is None else hidden * weight).astype(gate.dtype)
 
 
 class FeedForward(nnx.Module):
@@ -58,12 +70,7 @@ class FeedForward(nnx.Module):
         self.w_down_DF = normal(rngs, (D, F), config)
 
     @jax.named_scope("ffn")
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate_BTF = checkpoint_name(
-            linear("BTD,FD->BTF", x_BTD, self.w_gate_FD[...]), "ffn_hidden"
-        )
-        up_BTF = checkpoint_name(
-            linear("BTD,FD->BTF", x_BTD, self.w_up_FD[...]), "ffn_hidden"
-        )
-        hidden_BTF = shard(swiglu(gate_BTF, up_BTF), "BTF")
-        return linear("BTF,DF->BTD", hidden_BTF, self.w_down_DF[...])
+    def __call__(self, x_BTD: Activation) -> Float[Array, "B T D"]:
+        gate_BTF = linear("BTD,FD->BTF", x_BTD, self.w_gate_FD[...])
+        up_BTF = linear("BTD,FD->BTF", x_BTD, self.w_up_FD[...])
+        return swiglu_linear(gate_BTF, up_BTF, self.w_down_DF[...])

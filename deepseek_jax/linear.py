@@ -1,23 +1,34 @@
 """The product that every matrix of the model goes through, and the dtypes of a Precision."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax import fp8
+from deepseek_jax.fp8 import E5M6, Quantized, QuantizedWeight
+from pallas_kernels import grouped_matmul_fp8, matmul_fp8
+from pallas_kernels.grouped_matmul_fp8.api import rows_of_blocks
+from pallas_kernels.quantize_fp8 import Blocks, Tiles, quantize_tiles
 from sharding import local
 
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
+Activation = jax.Array | Quantized | E5M6
 
 
-def linear(signature: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+def linear(signature: str, x: Activation, weight: jax.Array | QuantizedWeight) -> jax.Array:
     """einsum(signature, x, weight) in x's dtype: `linear("BTD,FD->BTF", x_BTD, w_FD)`.
 
     Sums are FP32. The gradient of the weight leaves the product in the dtype of the weight: FP32
     for masters, though the product itself multiplies in x's dtype, so that it is also summed over
-    devices in FP32.
+    devices in FP32. With a quantised weight the product and both of its gradients are FP8.
     """
-    return local(functools.partial(_product, signature), signature)(x, weight)
+    if not fp8.is_quantized(weight):
+        return local(functools.partial(_product, signature), signature)(x, weight)
+    if isinstance(x, jax.Array):
+        x = fp8.quantize(x, signature.partition(",")[0])
+    return fp8.on_shards(functools.partial(_linear_fp8, signature), signature, x, weight)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -51,3 +62,86 @@ def einsum(signature: str, a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLi
     # Without HIGHEST an FP32 product may run in TF32 on a GPU.
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.einsum(signature, a, b, precision=precision, preferred_element_type=dtype)
+
+
+def _linear_fp8(signature: str, x: Quantized | E5M6, weight: QuantizedWeight) -> jax.Array:
+    """The product on local shards, flattened to matrices."""
+    _, outputs, contracted = fp8.sides(_letters(signature)[1])
+    tokens = x.x.shape[: -len(contracted)]
+    y_MN = product_fp8(x, weight)
+    return y_MN.reshape(*tokens, *weight.target.shape[: len(outputs)])
+
+
+def product_fp8(
+    x: Quantized | E5M6, weight: QuantizedWeight, group_sizes_G: jax.Array | None = None
+) -> jax.Array:
+    """x @ weight.T of matrices [M, K], or of rows sorted by group with a weight for each group."""
+    *groups, padded_n, _ = weight.blocks.codes.shape
+    k = weight.blocks.transposed.shape[-2]
+    target = weight.target.reshape(*groups, -1, k)
+    n = target.shape[-2]
+    target = jnp.pad(target, [(0, 0)] * len(groups) + [(0, padded_n - n), (0, 0)])
+    kept = dataclasses.replace(x, x=None)
+    y_MN = _product_fp8(
+        weight.accumulate, x.x.reshape(-1, k), target, kept, weight.blocks, group_sizes_G
+    )
+    return y_MN[:, :n]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product_fp8(accumulate, x_MK, target, kept, blocks, group_sizes_G):
+    return multiply(fp8.by_rows(kept), blocks, group_sizes_G)
+
+
+def _product_fp8_fwd(accumulate, x_MK, target, kept, blocks, group_sizes_G):
+    y_MN = multiply(fp8.by_rows(kept), blocks, group_sizes_G)
+    return y_MN, (saved_target(target, accumulate), kept, blocks, group_sizes_G)
+
+
+def _product_fp8_bwd(accumulate, saved, dy_MN):
+    target, kept, blocks, group_sizes_G = saved
+    counts_m = real_rows(group_sizes_G, dy_MN.shape[0])
+    dy, dy_columns = quantize_tiles(dy_MN, by="both", counts_m=counts_m)
+    x_columns = fp8.by_columns(kept, blocks.transposed.shape[-2], counts_m)
+    dx_MK = multiply(dy, transposed(blocks), group_sizes_G)
+    dw = weight_gradient(dy_columns, x_columns, group_sizes_G, target, accumulate)
+    return dx_MK, dw, None, None, None
+
+
+_product_fp8.defvjp(_product_fp8_fwd, _product_fp8_bwd)
+
+
+# The three products of FP8 operands, dense or by group.
+
+
+def multiply(a: Tiles, blocks: Blocks, group_sizes_G: jax.Array | None) -> jax.Array:
+    """a @ weight.T in BF16."""
+    if group_sizes_G is None:
+        return matmul_fp8.matmul(a, blocks.codes, blocks.scale)
+    return grouped_matmul_fp8.by_rows(a, blocks.codes, blocks.scale, group_sizes_G)
+
+
+def transposed(blocks: Blocks) -> Blocks:
+    return Blocks(blocks.transposed, blocks.transposed_scale, blocks.codes, blocks.scale)
+
+
+def weight_gradient(
+    dy: Tiles, x: Tiles, group_sizes_G: jax.Array | None, target: jax.Array, accumulate: bool
+) -> jax.Array:
+    """dy.T @ x in FP32, added to the target where it is an accumulator."""
+    total = target if accumulate else None
+    if group_sizes_G is None:
+        dw = matmul_fp8.weight_gradient(dy, x, total)
+    else:
+        dw = grouped_matmul_fp8.by_contraction(dy, x, group_sizes_G, total)
+    return dw.astype(target.dtype)
+
+
+def saved_target(target: jax.Array, accumulate: bool) -> jax.Array:
+    """What the backward pass needs of a target: the sum so far, or of a master its dtype alone."""
+    return target if accumulate else jnp.zeros((0,), target.dtype)
+
+
+def real_rows(group_sizes_G: jax.Array | None, num_rows: int) -> jax.Array | None:
+    """Rows of each 128 that hold data; None where all do."""
+    return None if group_sizes_G is None else rows_of_blocks(group_sizes_G, num_rows)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from deepseek_jax import mtp as mtp_modules
 from deepseek_jax.block import checkpointed, run_stack, stack
 from deepseek_jax.config import ModelConfig, Precision
+from deepseek_jax.fp8 import is_quantized, quantize_weights
 from deepseek_jax.layers import embed, normal, ones, rms_norm
 from deepseek_jax.linear import DTYPES, einsum
 from deepseek_jax.moe import Load
@@ -41,10 +42,6 @@ class Model(nnx.Module):
     ):
         self.config = config
         self.precision = Precision.of(precision)
-        if self.precision.matmul == "fp8":
-            raise NotImplementedError(
-                "precision 'fp8' is not available yet: use 'bf16' or 'fp32'"
-            )
         self.embed_VD = normal(rngs, (config.vocab_size, config.model_dim), config)
         self.dense = stack(config, config.num_dense_layers, dense=True, rngs=rngs)
         self.moe = stack(config, config.num_moe_layers, dense=False, rngs=rngs)
@@ -69,6 +66,7 @@ class Model(nnx.Module):
           hidden: also return every layer's hidden state.
           mtp: also return the logits of the MTP modules, and count their experts.
         """
+        self = ready(self)
         x_BTD, aux = self.hidden(tokens_BT, segments_BT=segments_BT, every_layer=hidden)
         mtp_logits = None
         if mtp:
@@ -90,7 +88,7 @@ class Model(nnx.Module):
         remat: str = "none",
     ) -> tuple[Float[Array, "B T D"], Aux]:
         """Hidden states after the final norm, in the precision of activations."""
-        config = self.config
+        self, config = ready(self), self.config
         x_BTD = embed(tokens_BT, self.embed_VD[...], self.dtype)
         turns = rotations(positions(tokens_BT.shape[1]), config)
         layers_LBTD, caches, loads = [x_BTD[None]], [], []
@@ -135,7 +133,7 @@ class Model(nnx.Module):
         `tokens_BS` may be longer than T (in training by the last target). Depth k is meaningful
         at positions i < T - k; later ones see padding and do not count in the load.
         """
-        T = hidden_BTD.shape[1]
+        self, T = ready(self), hidden_BTD.shape[1]
         turns = rotations(positions(T), self.config)
         outputs, loads = [], []
 
@@ -166,6 +164,19 @@ class Model(nnx.Module):
     def dtype(self) -> jax.typing.DTypeLike:
         """The dtype of activations."""
         return DTYPES[self.precision.activations]
+
+
+def ready(model: Model) -> Model:
+    """The model with its weights as products read them: in FP8 quantised, once for all that follow.
+
+    Their gradients flow to the weights as they were.
+    """
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    weights = nnx.to_pure_dict(params)
+    done = any(map(is_quantized, jax.tree.leaves(weights, is_leaf=is_quantized)))
+    if model.precision.matmul != "fp8" or done:
+        return model
+    return nnx.merge(graphdef, nnx.State(quantize_weights(weights)), rest)
 
 
 def cast_weights(model: Model, dtype: jax.typing.DTypeLike) -> None:

@@ -9,15 +9,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from deepseek_jax import fp8
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.experts import expert_ffn
+from deepseek_jax.experts import expert_ffn, to_rows, to_tokens
 from deepseek_jax.layers import FeedForward, RoutingBias, normal
+from deepseek_jax.linear import Activation
 from pallas_kernels.mosaic import target
-from sharding import local
-from sharding.expert_parallel import combine, dispatch, dispatch_choices, plan_path
+from sharding.expert_parallel import dispatch_choices, plan_path
 from sharding.placement import is_split
 
 
@@ -45,23 +45,22 @@ class MoE(nnx.Module):
             self.shared = FeedForward(config, config.shared_ffn_dim, rngs=rngs)
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"] | None = None
+        self, x_BTD: Activation, valid_BT: Bool[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T D"], Load]:
         """Returns the output and the load. Tokens that are not valid do not count in the load."""
         config = self.config
-        score_BTE = scores(x_BTD, self.router_ED[...], config)
+        score_BTE = scores(fp8.values(x_BTD), self.router_ED[...], config)
         bias_E = self.bias_E[...] if config.score == "sigmoid" else None
         expert_BTK, weight_BTK = route(score_BTE, bias_E, config)
         weights = (self.w_gate_EFD[...], self.w_up_EFD[...], self.w_down_EDF[...])
-        experts = local(
-            functools.partial(
-                run_experts,
-                num_experts=config.num_experts,
-                exchanged=is_split(expert_BTK, "BTK", "expert"),
-            ),
-            "BTD,BTK,BTK,EFD,EFD,EDF->BTD,",
+        experts = functools.partial(
+            run_experts,
+            num_experts=config.num_experts,
+            exchanged=is_split(expert_BTK, "BTK", "expert"),
         )
-        y_BTD, lost = experts(x_BTD, expert_BTK, weight_BTK, *weights)
+        y_BTD, lost = fp8.on_shards(
+            experts, "BTD,BTK,BTK,EFD,EFD,EDF->BTD,", x_BTD, expert_BTK, weight_BTK, *weights
+        )
         load = Load(
             expert_counts(expert_BTK, config.num_experts, valid_BT),
             sequence_loss(score_BTE, config, valid_BT),
@@ -178,15 +177,17 @@ def run_experts(
     """
     B, T, D = x_BTD.shape
     K, held = expert_BTK.shape[-1], w_gate_EFD.shape[0]
-    alignment = row_alignment(B * T * K, num_experts)
+    quantized = fp8.is_quantized(w_down_EDF)
+    alignment = fp8.TILE if quantized else row_alignment(B * T * K, num_experts)
     path = plan_path(
         expert_BTK.reshape(B * T, K), num_experts, alignment, held=held, exchanged=exchanged
     )
-    x_MD = checkpoint_name(dispatch(x_BTD.reshape(B * T, D), path), "expert_input")
+    x_TD = jax.tree.map(lambda leaf: leaf.reshape(B * T, leaf.shape[-1]), x_BTD)
+    x_MD = to_rows(x_TD, path)
     weight_M = dispatch_choices(weight_BTK.reshape(B * T, K), path)
     weights = (w_gate_EFD, w_up_EFD, w_down_EDF)
     y_MD = expert_ffn(x_MD, weight_M, weights, path.rows.group_sizes_E, alignment)
-    return combine(y_MD, path).reshape(B, T, D), path.lost
+    return to_tokens(y_MD, path, quantized).reshape(B, T, D), path.lost
 
 
 def row_alignment(num_rows: int, num_experts: int) -> int:

@@ -1,5 +1,6 @@
 """The train step: a pure function of state and batch (V3 report, sections 2.2 and 4.2)."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,13 +10,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.config import Run
+from deepseek_jax.fp8 import is_quantized, quantize_weights, with_targets
 from deepseek_jax.layers import RoutingBias
 from deepseek_jax.linear import DTYPES
 from deepseek_jax.loss import cross_entropy
 from deepseek_jax.model import Model, with_load
 from deepseek_jax.mtp import ahead, valid_positions
 from deepseek_jax.optimizer import adamw
-from sharding.placement import Scheme, store_shardings, under_mesh
+from sharding.placement import Scheme, batch_is_split, store_shardings, under_mesh
 
 Tree = Any  # nested dicts of arrays, keyed by module and parameter name
 
@@ -225,10 +227,20 @@ def train_step(
 def accumulate(
     run: Run, state: TrainState, batch: dict[str, jax.Array], mtp_weight: jax.Array
 ) -> tuple[Tree, dict[str, jax.Array]]:
-    """FP32 gradients and losses averaged over the micro-batches; expert counts are summed."""
+    """FP32 gradients and losses averaged over the micro-batches; expert counts are summed.
 
-    def micro(params, tokens_BS, segments_BS):
-        model = join(run, params, state.biases)
+    In FP8 weights are quantised once, before the micro-batches, and the products that make their
+    gradients add them to the sums.
+    """
+    weights = quantize_weights(state.params) if run.precision.matmul == "fp8" else state.params
+    tokens, segments = batch["tokens"], batch.get("segments")
+    count = tokens.shape[0]
+    # Where devices share a weight its gradient is a sum over them, to which nothing may be added
+    # on each of them.
+    fused = count > 1 and not batch_is_split()
+
+    def micro(targets, tokens_BS, segments_BS):
+        model = join(run, with_targets(weights, targets, accumulate=fused), state.biases)
         total, parts = loss_and_aux(
             model,
             tokens_BS,
@@ -240,13 +252,18 @@ def accumulate(
         return total, {"total_loss": total, **parts}
 
     one = jax.grad(micro, has_aux=True)
-    tokens, segments = batch["tokens"], batch.get("segments")
-    count = tokens.shape[0]
     if count == 1:
         return one(state.params, tokens[0], None if segments is None else segments[0])
 
     def add(sums, inputs):
-        return jax.tree.map(jnp.add, sums, one(state.params, *inputs)), None
+        so_far, parts = sums
+        # Two trees of one structure, in which a quantised weight is a leaf.
+        each = functools.partial(jax.tree.map, is_leaf=is_quantized)
+        added = each(lambda weight: fused and is_quantized(weight), weights)
+        targets = each(lambda done, sum_, p: sum_ if done else p, added, so_far, state.params)
+        gradients, more = one(targets, *inputs)
+        gradients = each(lambda done, sum_, g: g if done else sum_ + g, added, so_far, gradients)
+        return (gradients, jax.tree.map(jnp.add, parts, more)), None
 
     shapes = jax.eval_shape(one, state.params, tokens[0], None if segments is None else segments[0])
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)

@@ -13,7 +13,7 @@ from typing import Literal
 import jax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from sharding.rules import ACTIVATIONS, COMPUTE, STORE, Table, spec, weight_spec
+from sharding.rules import ACTIVATIONS, BATCH_AXES, COMPUTE, STORE, Table, spec, weight_spec
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,12 @@ def is_split(x: jax.Array, letters: str, axis: str) -> bool:
     """Whether the activation table splits an array over a mesh axis."""
     mesh = current_mesh()
     return mesh is not None and axis in _axes(spec(letters, x.shape, ACTIVATIONS, mesh.shape))
+
+
+def batch_is_split() -> bool:
+    """Whether several devices have tokens of a batch, so that gradients are summed over them."""
+    mesh = current_mesh()
+    return mesh is not None and any(mesh.shape[axis] > 1 for axis in BATCH_AXES)
 
 
 def local(fn: Callable, signature: str, *, whole: str = "") -> Callable:

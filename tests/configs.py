@@ -37,6 +37,26 @@ TINY = ds.ModelConfig(
 )
 # One MTP module less to compile.
 ONE_MTP = dataclasses.replace(TINY, num_mtp=1)
+# For FP8: D, Q and every F are above 256 and no multiple of 128, so blocks and tiles are cut short.
+WIDE = dataclasses.replace(
+    TINY,
+    model_dim=272,
+    num_layers=2,
+    num_heads=2,
+    content_head_dim=16,
+    rotary_head_dim=8,
+    value_head_dim=48,
+    query_latent_dim=288,
+    kv_latent_dim=32,
+    dense_ffn_dim=304,
+    expert_ffn_dim=320,
+    num_experts=6,
+    num_shared_experts=1,
+    experts_per_token=2,
+    num_groups=3,
+    groups_per_token=2,
+    num_mtp=1,
+)
 
 
 def make_run(config=TINY, *, batch=4, **changes):

@@ -34,6 +34,50 @@ def mla_attention(
     return reference.mla_attention(q_BTNA, k_BSNA, v_BSNU, segments_BT, scale=scale)
 
 
+def mla_attention_forward(
+    q_BTNA: Float[Array, "B T N A"],
+    k_BTNA: Float[Array, "B T N A"],
+    v_BTNU: Float[Array, "B T N U"],
+    *,
+    scale: float,
+    segments_BT: Int32[Array, "B T"] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T N U"], Float[Array, "B N T"]]:
+    """The output, and the logarithm of the sums of the softmax, for a gradient by hand.
+
+    With them a caller decides what it keeps of the output until mla_attention_backward.
+    """
+    _check(q_BTNA, k_BTNA, v_BTNU, segments_BT)
+    chosen = choose(implementation, q_BTNA.dtype, segments_BT is not None)
+    if chosen == "cudnn":
+        return cudnn.forward(q_BTNA, k_BTNA, v_BTNU, scale=scale)
+    return (
+        reference.mla_attention(q_BTNA, k_BTNA, v_BTNU, segments_BT, scale=scale),
+        reference.log_sum_exp(q_BTNA, k_BTNA, segments_BT, scale=scale),
+    )
+
+
+def mla_attention_backward(
+    q_BTNA: Float[Array, "B T N A"],
+    k_BTNA: Float[Array, "B T N A"],
+    v_BTNU: Float[Array, "B T N U"],
+    o_BTNU: Float[Array, "B T N U"],
+    log_sum_exp_BNT: Float[Array, "B N T"],
+    do_BTNU: Float[Array, "B T N U"],
+    *,
+    scale: float,
+    segments_BT: Int32[Array, "B T"] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T N A"], Float[Array, "B T N A"], Float[Array, "B T N U"]]:
+    """Gradients of q, k and v from what mla_attention_forward returned."""
+    chosen = choose(implementation, q_BTNA.dtype, segments_BT is not None)
+    if chosen == "cudnn":
+        return cudnn.backward(q_BTNA, k_BTNA, v_BTNU, o_BTNU, log_sum_exp_BNT, do_BTNU, scale=scale)
+    return reference.backward(
+        q_BTNA, k_BTNA, v_BTNU, segments_BT, o_BTNU, log_sum_exp_BNT, do_BTNU, scale=scale
+    )
+
+
 def choose(implementation: str | None, dtype: DTypeLike, has_segments: bool) -> str:
     """The implementation to run on the target device."""
     if implementation not in IMPLEMENTATIONS:

@@ -38,22 +38,32 @@ def _attention(q_BTNA, k_BSNA, v_BSNU, scale):
     return o_BTNU
 
 
-def _forward(q_BTNA, k_BSNA, v_BSNU, scale):
+def forward(q_BTNA, k_BSNA, v_BSNU, *, scale: float):
+    """The output, and the log of the sum of exponentials that backward wants."""
     unused = _no_bias_lengths_offsets_pages(q_BTNA.dtype)
     o_BTNU, log_sum_exp = fused._dot_product_attention_fwd_p_wrapper.bind(
         q_BTNA, k_BSNA, v_BSNU, *unused, is_training=True, **_statics(scale)
     )
-    return o_BTNU, (q_BTNA, k_BSNA, v_BSNU, log_sum_exp, o_BTNU)
+    return o_BTNU, log_sum_exp
 
 
-def _backward(scale, saved, do_BTNU):
-    q_BTNA, k_BSNA, v_BSNU, log_sum_exp, o_BTNU = saved
+def backward(q_BTNA, k_BSNA, v_BSNU, o_BTNU, log_sum_exp, do_BTNU, *, scale: float):
+    """Gradients of q, k and v."""
     unused = _no_bias_lengths_offsets_pages(q_BTNA.dtype)
     return tuple(
         fused._dot_product_attention_bwd_p_wrapper.bind(
             q_BTNA, k_BSNA, v_BSNU, *unused, log_sum_exp, o_BTNU, do_BTNU, **_statics(scale)
         )
     )
+
+
+def _forward(q_BTNA, k_BSNA, v_BSNU, scale):
+    o_BTNU, log_sum_exp = forward(q_BTNA, k_BSNA, v_BSNU, scale=scale)
+    return o_BTNU, (q_BTNA, k_BSNA, v_BSNU, o_BTNU, log_sum_exp)
+
+
+def _backward(scale, saved, do_BTNU):
+    return backward(*saved, do_BTNU, scale=scale)
 
 
 _attention.defvjp(_forward, _backward)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deepseek_jax.layers import FeedForward, embed, rms_norm, swiglu
+from deepseek_jax.layers import FeedForward, embed, rms_norm
 from deepseek_jax.linear import linear
+from deepseek_jax.swiglu import swiglu
 from tests.configs import TINY
 
 

@@ -171,9 +171,6 @@ def test_a_model_of_dense_layers_alone_runs():
     assert aux.hidden_LBTD.shape[0] == 5 and len(aux.mtp_logits) == 2
 
 
-def test_fp8_is_refused_by_name():
-    with pytest.raises(NotImplementedError, match="'fp8' is not available yet: use 'bf16' or"):
-        ds.Model(TINY, precision="fp8", rngs=nnx.Rngs(0))
 
 
 # At initialisation.

@@ -1,0 +1,343 @@
+"""The FP8 recipe: weights and activations as codes and scales, and what is kept of each for later.
+
+V3 report, section 3.3: E4M3 everywhere; activations and gradients in tiles of 1 x 128, weights in
+blocks of 128 x 128; the input of the linear layer after attention in E5M6. Embedding, head, router,
+norms and the attention core stay as they are. The products are in linear.py and experts.py.
+
+What is quantised carries the array that its gradient belongs to and that no product reads: codes
+have no gradient. XLA drops it where nothing else needs it.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.quantize_fp8 import (
+    Blocks,
+    Tiles,
+    quantize_blocks,
+    quantize_tiles,
+    retile,
+    rms_norm_tiles,
+)
+from sharding import local
+
+TILE = 128
+# Matrices that stay as they are, beside vectors.
+KEPT = ("embed_VD", "head_VD", "router_ED")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A matrix in blocks, quantised once for all products with it.
+
+    target has the matrix's shape and is not read: its cotangent is the gradient of the matrix, in
+    FP32. It is the master; or, to `accumulate`, the sum so far, and then the cotangent is that sum
+    plus the gradient.
+    """
+
+    target: jax.Array
+    blocks: Blocks
+    accumulate: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.target.shape
+
+    def __getitem__(self, index) -> "QuantizedWeight":
+        """The weight of a layer of a stack; all of it for an ellipsis, as nnx asks."""
+        return jax.tree.map(lambda leaf: leaf[index], self)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Quantized:
+    """An activation in tiles along its last dimension K; codes and scales are per token.
+
+    x [..., K] is what was quantised; codes [..., 128 k] and scale [..., k].
+    """
+
+    x: jax.Array
+    codes: jax.Array
+    scale: jax.Array
+    power_of_two: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.x.shape
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class E5M6:
+    """An activation of 12 bits an element in tiles with scales that are powers of two.
+
+    x [..., K] holds the rounded values; high [..., 128 k] the sign, the exponent and two bits of
+    the mantissa, low [..., 64 k] the other four of two elements.
+    """
+
+    x: jax.Array
+    high: jax.Array
+    low: jax.Array
+    scale: jax.Array
+
+
+def values(x: jax.Array | Quantized | E5M6) -> jax.Array:
+    """The activation as an array."""
+    return x if isinstance(x, jax.Array) else x.x
+
+
+def is_quantized(weight: Any) -> bool:
+    return isinstance(weight, QuantizedWeight)
+
+
+# Weights.
+
+
+def sides(letters: str) -> tuple[str, str, str]:
+    """Leading, output and contracted letters of a weight: "EFD" -> ("E", "F", "D")."""
+    lead = "E" if letters[0] == "E" else ""
+    rest = letters[len(lead) :]
+    outputs = 1 if rest == "DNU" else len(rest) - 1
+    return lead, rest[:outputs], rest[outputs:]
+
+
+def quantize_weight(master: jax.Array, letters: str, *, axes: int = 0) -> QuantizedWeight:
+    """The weight, quantised; `axes` leading dimensions (stacked layers) come before the letters.
+
+    Rows of zeros fill its outputs up to a multiple of 16, as kernels want.
+    """
+    lead, outputs, contracted = sides(letters)
+    stack = "L" * axes
+
+    def quantize(w):
+        split = axes + len(lead)
+        head, rows = w.shape[:split], w.shape[split : split + len(outputs)]
+        flat = w.reshape(-1, _size(rows), _size(w.shape[split + len(outputs) :]))
+        flat = jnp.pad(flat, ((0, 0), (0, -flat.shape[1] % 16), (0, 0)))
+        blocks = quantize_blocks(jax.lax.stop_gradient(flat))
+        return tuple(array.reshape(*head, *array.shape[1:]) for array in blocks)
+
+    dims = [stack + part for part in _block_letters(letters)]
+    blocks = local(quantize, f"{stack + letters}->{','.join(dims)}")(master)
+    return QuantizedWeight(master, Blocks(*blocks))
+
+
+def quantize_weights(params: Any) -> Any:
+    """A tree of named parameters with every matrix of the recipe quantised."""
+
+    def quantize(path, leaf):
+        name = path[-1].key
+        letters = name.rsplit("_", 1)[-1]
+        if name in KEPT or len(letters) == 1:
+            return leaf
+        lead, outputs, _ = sides(letters)
+        axes = leaf.ndim - len(letters)
+        width = _size(leaf.shape[axes + len(lead) + len(outputs) :])
+        if width % 16:
+            where = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise ValueError(
+                f"precision 'fp8' needs inputs of a multiple of 16 channels: {where} has {width}"
+            )
+        return quantize_weight(leaf, letters, axes=axes)
+
+    return jax.tree_util.tree_map_with_path(quantize, params)
+
+
+def with_targets(weights: Any, targets: Any, *, accumulate: bool) -> Any:
+    """A tree of weights whose gradients are for other arrays: masters, or sums to add to."""
+    swap = lambda weight, target: (
+        dataclasses.replace(weight, target=target, accumulate=accumulate)
+        if is_quantized(weight)
+        else target
+    )
+    return jax.tree.map(swap, weights, targets, is_leaf=is_quantized)
+
+
+def plain(weight: jax.Array | QuantizedWeight, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """A weight as an array: its codes times their scales, where it is quantised."""
+    if not is_quantized(weight):
+        return weight.astype(dtype)
+    codes, scale = weight.blocks.codes, weight.blocks.scale
+    *_, n, k = codes.shape
+    wide = jnp.repeat(jnp.repeat(scale[..., : k // TILE], TILE, axis=-1), TILE, axis=-2)
+    values = codes.astype(jnp.float32) * wide[..., :n, :]
+    shape = weight.target.shape
+    width = weight.blocks.transposed.shape[-2]
+    return values[..., :width].reshape(shape).astype(dtype)
+
+
+# Activations.
+
+
+def quantize(x: jax.Array, letters: str, *, power_of_two: bool = False) -> Quantized:
+    """Tiles of an activation whose last letter is contracted."""
+
+    def tiles(x):
+        flat = x.reshape(-1, x.shape[-1])
+        return per_token(quantize_tiles(flat, power_of_two=power_of_two), x.shape[:-1])
+
+    codes, scale = local(tiles, f"{letters}->{_tile_letters(letters)}")(jax.lax.stop_gradient(x))
+    return Quantized(x, codes, scale, power_of_two)
+
+
+def quantize_norm(
+    x: jax.Array,
+    normed: jax.Array,
+    gain: jax.Array,
+    letters: str,
+    *,
+    epsilon: float,
+    power_of_two: bool = False,
+) -> Quantized:
+    """Tiles of RMSNorm(x) in one pass over x; `normed` is the same norm for its gradient."""
+
+    def tiles(x, gain):
+        flat = x.reshape(-1, x.shape[-1])
+        out = rms_norm_tiles(flat, gain, epsilon=epsilon, power_of_two=power_of_two)
+        return per_token(out, x.shape[:-1])
+
+    signature = f"{letters},{letters[-1]}->{_tile_letters(letters)}"
+    codes, scale = local(tiles, signature)(*jax.lax.stop_gradient((x, gain)))
+    return Quantized(normed, codes, scale, power_of_two)
+
+
+def per_token(tiles: Tiles, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Codes and scales with a token's first: [..., 128 k] and [..., k]."""
+    codes, scale = tiles
+    return codes.reshape(*shape, -1), scale[:, : codes.shape[0]].T.reshape(*shape, -1)
+
+
+def by_rows(x: Quantized | E5M6) -> Tiles:
+    """Flattened to [M, K], what a product with the weight reads."""
+    if isinstance(x, E5M6):
+        width = x.high.shape[-1]
+        return quantize_tiles(decode_e5m6(x, (_rows(x.high), width)), power_of_two=True)
+    return Tiles(x.codes.reshape(_rows(x.codes), -1), _by_block(x.scale))
+
+
+def by_columns(x: Quantized | E5M6, width: int, counts_m: jax.Array | None = None) -> Tiles:
+    """The other operand of the weight gradient: tiles of 128 tokens, again from what is kept."""
+    if isinstance(x, E5M6):
+        x_MK = decode_e5m6(x, (_rows(x.high), width))
+        return quantize_tiles(x_MK, by="columns", power_of_two=True, counts_m=counts_m)
+    return retile(by_rows(x), width, power_of_two=x.power_of_two, counts_m=counts_m)
+
+
+def decode_tiles(codes: jax.Array, scale: jax.Array, width: int) -> jax.Array:
+    """BF16 values [..., width] of codes and scales of tokens; exact for scales of powers of two."""
+    blocks = codes.reshape(*scale.shape, TILE).astype(jnp.float32)
+    return (blocks * scale[..., None]).reshape(codes.shape)[..., :width].astype(jnp.bfloat16)
+
+
+def encode_e5m6(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """high, low and scale of values [..., K].
+
+    E5M6 is FP16 with a mantissa of 6 bits instead of 10. The scale is that of a tile of E4M3.
+    """
+    x32 = x.astype(jnp.float32)
+    x32 = jnp.pad(x32, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % TILE)])
+    tiles = x32.reshape(*x.shape[:-1], -1, TILE)
+    scale = power_of_two_scale(jnp.max(jnp.abs(tiles), axis=-1))
+    half = (tiles / scale[..., None]).astype(jnp.float16)
+    bits = jax.lax.bitcast_convert_type(half, jnp.uint16)
+    # To nearest, ties to even.
+    code = (bits + 7 + ((bits >> 4) & 1)) >> 4
+    high = (code >> 4).astype(jnp.uint8).reshape(x32.shape)
+    first, second = jnp.split((code & 15).astype(jnp.uint8), 2, axis=-1)
+    low = (first | (second << 4)).reshape(*x.shape[:-1], -1)
+    return high, low, scale
+
+
+def decode_e5m6(x: E5M6, shape: tuple[int, ...]) -> jax.Array:
+    """BF16 values in the shape that they had, exactly."""
+    high = x.high.reshape(*x.scale.shape, TILE).astype(jnp.uint16)
+    low = x.low.reshape(*x.scale.shape, TILE // 2).astype(jnp.uint16)
+    code = (high << 4) | jnp.concatenate((low & 15, low >> 4), axis=-1)
+    half = jax.lax.bitcast_convert_type(code << 4, jnp.float16)
+    flat = (half.astype(jnp.float32) * x.scale[..., None]).reshape(x.high.shape)
+    width = _size(shape) // _rows(x.high)
+    return flat[..., :width].reshape(shape).astype(jnp.bfloat16)
+
+
+def to_e5m6(x_BTNU: jax.Array) -> E5M6:
+    """An activation rounded to E5M6."""
+
+    def encode(x):
+        codes = encode_e5m6(x.reshape(*x.shape[:2], -1))
+        return decode_e5m6(E5M6(None, *codes), x.shape), *codes
+
+    return E5M6(*local(encode, f"BTNU->BTNU,{e5m6_letters('BTNU')}")(x_BTNU))
+
+
+def power_of_two_scale(amax: jax.Array) -> jax.Array:
+    """The smallest power of two that is at least amax / 448, as quantize_tiles has it."""
+    scale = jnp.maximum(amax, 1e-4) * jnp.float32(1 / 448)
+    bits = jax.lax.bitcast_convert_type(scale, jnp.int32)
+    scale = jax.lax.bitcast_convert_type((bits + 0x7FFFFF) & ~0x7FFFFF, jnp.float32)
+    return jnp.where(amax < jnp.inf, scale, jnp.nan)
+
+
+# Letters of the arrays inside, for functions that run on local shards.
+
+
+def on_shards(fn: Callable, signature: str, *operands: Any) -> Any:
+    """`local(fn, signature)(*operands)`, where operands may be quantised."""
+    inputs, outputs = signature.split("->")
+    dims = [
+        part
+        for letters, operand in zip(inputs.split(","), operands, strict=True)
+        for part in letters_inside(operand, letters)
+    ]
+    leaves, structure = jax.tree.flatten(operands)
+    body = lambda *leaves: fn(*jax.tree.unflatten(structure, leaves))
+    return local(body, f"{','.join(dims)}->{outputs}")(*leaves)
+
+
+def letters_inside(operand: Any, letters: str) -> list[str]:
+    """The letters of each leaf of an operand; in lower case, dimensions counted in blocks."""
+    if isinstance(operand, QuantizedWeight):
+        return [letters, *_block_letters(letters)]
+    if isinstance(operand, Quantized):
+        return [letters, *_tile_letters(letters).split(",")]
+    if isinstance(operand, E5M6):
+        return [letters, *e5m6_letters(letters).split(",")]
+    return [letters]
+
+
+def _block_letters(letters: str) -> list[str]:
+    lead, outputs, contracted = sides(letters)
+    n, k = outputs[0], contracted[0]
+    return [lead + pair for pair in (n + k, (n + k).lower(), k + n, (k + n).lower())]
+
+
+def _tile_letters(letters: str) -> str:
+    return f"{letters},{letters[:-1]}{letters[-1].lower()}"
+
+
+def e5m6_letters(letters: str) -> str:
+    """Of high, low and scale; "BTNU" is flattened to "BTN"."""
+    flat = letters[:3]
+    return f"{flat},{flat},{flat[:-1]}{flat[-1].lower()}"
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    product = 1
+    for n in shape:
+        product *= n
+    return product
+
+
+def _rows(x: jax.Array) -> int:
+    return _size(x.shape[:-1])
+
+
+def _by_block(scale: jax.Array) -> jax.Array:
+    """[..., k] as kernels want it: [k, M], M rounded up to a multiple of 4."""
+    flat_Mk = scale.reshape(_rows(scale), -1)
+    return jnp.pad(flat_Mk, ((0, -flat_Mk.shape[0] % 4), (0, 0))).T
