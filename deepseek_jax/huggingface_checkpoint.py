@@ -214,10 +214,12 @@ def stored_tensors(directory: Path) -> dict[str, Tensor]:
     if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
         raise ValueError(f"{directory / INDEX}: weight_map must map tensors to files")
     tensors: dict[str, Tensor] = {}
-    for file in dict.fromkeys(index.values()):
+    files = list(dict.fromkeys(index.values()))
+    for file in files:
         # A name with a folder in it could lead anywhere.
         if Path(file).name != file or not (directory / file).is_file():
             raise ValueError(f"{directory / INDEX} names the file {file!r}, which is not there")
+    for file in files:
         for name, tensor in read_header(directory / file).items():
             if name in tensors:
                 raise ValueError(
