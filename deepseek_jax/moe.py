@@ -115,7 +115,11 @@ def limit_groups(biased_BTE: Float[Array, "B T E"], config: ModelConfig) -> jax.
     G, M = config.num_groups, config.groups_per_token
     grouped = biased_BTE.reshape(*biased_BTE.shape[:-1], G, config.experts_per_group)
     if config.score == "sigmoid":
-        group_BTG = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
+        # As two maxima: XLA gathers the operand of a top-k of these shapes over the whole mesh.
+        best = jnp.argmax(grouped, axis=-1, keepdims=True)
+        ids = jnp.arange(grouped.shape[-1], dtype=best.dtype)[None, None, None, :]
+        others = jnp.where(ids == best, -jnp.inf, grouped)
+        group_BTG = jnp.max(grouped, axis=-1) + jnp.max(others, axis=-1)
     else:
         group_BTG = jnp.max(grouped, axis=-1)
     _, kept_BTM = jax.lax.top_k(group_BTG, M)
