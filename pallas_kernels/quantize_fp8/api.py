@@ -187,7 +187,7 @@ def quantize_blocks(
         out = hopper.quantize_blocks(
             w_GNK,
             form=form,
-            tiles=hopper.tiles_of(form),
+            tiles=hopper.blocks_of(w.dtype),
             cores=mosaic.target().cores,
             name="quantize_blocks_fp8",
         )

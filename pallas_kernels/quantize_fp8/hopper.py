@@ -1,7 +1,8 @@
-"""Quantisation on Hopper: one pass over tiles of 128 x 128, the transposed layout by WGMMA.
+"""Quantisation on Hopper: one pass over tiles, the transposed layout by WGMMA.
 
-Each block is one warpgroup that walks tiles on its own; several blocks share an SM, so that one's
-arithmetic hides behind another's loads and stores. A tile's transpose is its product with the
+Each block walks tiles of 128 x 128, or of 64 x 128 if only the layout by rows leaves, with some in
+flight; blocks on an SM and warpgroups in a block are independent enough that the arithmetic of one
+hides behind the loads and stores of the others. A tile's transpose is its product with the
 identity: exact, it lands in registers with a row per channel, where a maximum over tokens costs
 two shuffles, and it leaves as FP8 without a single-byte store to shared memory.
 """
@@ -31,21 +32,33 @@ HALVES = (pl.ds(0, 64), pl.ds(64, 64))
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Blocks on an SM, and tiles that each has in flight: 227 KiB of shared memory bound both."""
+    """Blocks on an SM, tiles that each has in flight, and warpgroups that share a tile.
+
+    227 KiB of shared memory and 64 Ki registers of an SM bound the blocks: one that does not fit
+    runs after the others, which costs more than it brings.
+    """
 
     blocks: int = 2
-    stages: int = 1
+    stages: int = 2
+    warpgroups: int = 1
 
     def __post_init__(self):
         if self.blocks < 1 or self.stages < 1:
             raise ValueError(f"{self.blocks=} and {self.stages=} must be positive")
+        if self.warpgroups not in (1, 2):
+            raise ValueError(f"{self.warpgroups=} must be 1 or 2")
 
 
 def tiles_of(form: "Form") -> Tiles:
-    """As many blocks as fit: each has its input tiles, 16 KiB for each layout, and the identity."""
-    if form.inputs == 2:
-        return Tiles(blocks=2 if form.columns else 3)
-    return Tiles(blocks=3 if form.columns else 4)
+    """As many bytes in flight as fit."""
+    if not form.columns:
+        return Tiles(blocks=2 if form.inputs == 2 else 4)
+    return Tiles(blocks=1 if form.inputs == 2 else 2, warpgroups=2)
+
+
+def blocks_of(dtype: jax.typing.DTypeLike) -> Tiles:
+    """For weights: a tile of FP32 with its buffers takes more than half of the shared memory."""
+    return Tiles(blocks=1 if dtype == jnp.float32 else 2, stages=1)
 
 
 def _scale(amax, power_of_two):
@@ -91,21 +104,22 @@ def _swish(gate, up):
     return gate * (root * root) * up
 
 
-def _store_line(line_smem, scale_gmem, row, tile):
-    """A tile's scales, those beyond the end of the row left out.
+def _store_line(line_smem, scale_gmem, row, piece):
+    """64 scales, those beyond the end of the row left out.
 
     Mosaic makes a linear copy of a piece of one dimension: it would run on into the next row.
     """
-    full, rest = divmod(scale_gmem.shape[1], TILE)
+    full, rest = divmod(scale_gmem.shape[1], 64)
 
     def store(size):
         source = line_smem.at[pl.ds(0, size)]
-        plgpu.copy_smem_to_gmem(source, scale_gmem.at[row, pl.ds(tile * TILE, size)])
+        target = scale_gmem.at[row, pl.ds(piece * 64, size)]
+        plgpu.copy_smem_to_gmem(source, target, commit_group=False)
 
     if full:
-        pl.when(tile < full)(lambda: store(TILE))
+        pl.when(piece < full)(lambda: store(64))
     if rest:
-        pl.when(tile == full)(lambda: store(rest))
+        pl.when(piece == full)(lambda: store(rest))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +144,17 @@ class Form:
         """The values are those of the operand in memory."""
         return not (self.inputs == 2 or self.codes or self.by_row or self.by_column)
 
+    @property
+    def height(self) -> int:
+        """Rows of a tile: those that share a scale of the transposed layout, or a warpgroup's."""
+        return TILE if self.columns else 64
+
 
 def _body(*refs, form, tiles, shape, blocks):
+    """A piece is 64 rows of a tile, or 64 channels of its transpose: a warpgroup's work at a time.
+
+    Each piece has its own buffers, and the pieces of a tile are shared among the warpgroups.
+    """
     refs = list(refs)
     take = lambda count: [refs.pop(0) for _ in range(count)]
     x_gmem = take(form.inputs)
@@ -147,16 +170,22 @@ def _body(*refs, form, tiles, shape, blocks):
     turned_smem, turned_scale_smem, identity_smem = take(3) if form.columns else (None,) * 3
     # The products read their BF16 operand from where the input was, unless that is FP8.
     tile_smem = take(1)[0] if form.codes else x_smem[0]
-    (full,) = refs
+    full, free, written = refs
+    warpgroup = lax.axis_index("warpgroup")
+    height = form.height
     column_tiles = pl.cdiv(shape[1], TILE)
-    total = pl.cdiv(shape[0], TILE) * column_tiles
+    total = pl.cdiv(shape[0], height) * column_tiles
     block = lax.axis_index("block")
     count = (total - block + (blocks - 1)) // blocks
+    pieces = [warpgroup] if tiles.warpgroups == 2 else range(height // 64)
+    # With one piece a tile the buffers of the stages take turns.
+    buffers = 1 if form.columns else tiles.stages
+    turns = len(pieces) * (form.rows + form.columns) * buffers
 
     def place(i):
         tile = block + i * blocks
         row, column = lax.div(tile, column_tiles), lax.rem(tile, column_tiles)
-        return row, column, pl.ds(row * TILE, TILE), pl.ds(column * TILE, TILE)
+        return row, column, pl.ds(row * height, height), pl.ds(column * TILE, TILE)
 
     def fetch(i):
         slot = lax.rem(i, tiles.stages)
@@ -173,10 +202,22 @@ def _body(*refs, form, tiles, shape, blocks):
         if form.by_column:
             copy(column_gmem.at[columns], column_smem)
 
-    for i in range(tiles.stages):
-        pl.when(i < count)(functools.partial(fetch, jnp.int32(i)))
+    def meet():
+        """All warpgroups of the block have come here."""
+        plgpu.commit_smem()
+        if tiles.warpgroups > 1:
+            plgpu.barrier_arrive(written.at[0])
+            plgpu.barrier_wait(written.at[0])
+
+    @pl.when(warpgroup == 0)
+    def _():
+        for i in range(tiles.stages):
+            pl.when(i < count)(functools.partial(fetch, jnp.int32(i)))
+        if form.columns:
+            identity_smem[...] = _identity()
+
     if form.columns:
-        identity_smem[...] = _identity()
+        meet()
 
     def values(slot, half, valid):
         """64 rows as FP32 in registers; rounded to BF16 unless they are the operand's."""
@@ -192,40 +233,69 @@ def _body(*refs, form, tiles, shape, blocks):
             x = jnp.where(_index(x.shape, 0) < valid - half.start, x, jnp.zeros_like(x))
         return x if form.plain else x.astype(BF16).astype(jnp.float32)
 
+    def store(encoded, code_smem, scale_smem, code_gmem, line):
+        """Codes and scales of a piece, once the copies that last used its buffers have read them.
+
+        All pieces take turns, and the copies of one are one group.
+        """
+        plgpu.wait_smem_to_gmem(turns - 1, wait_read_only=True)
+        code_smem[...], scale_smem[...] = encoded
+        plgpu.commit_smem()
+        _store_line(scale_smem, *line)
+        plgpu.copy_smem_to_gmem(code_smem, code_gmem)
+
     tile_slot = lambda slot: 0 if form.codes else slot
 
     def step(i, _):
         slot = lax.rem(i, tiles.stages)
         row, column, rows, columns = place(i)
-        valid = counts_gmem[row] if form.masked else TILE
+        valid = TILE
+        if form.masked:
+            start = row * height
+            valid = counts_gmem[lax.div(start, TILE)] - lax.rem(start, TILE)
         plgpu.barrier_wait(full.at[slot])
-        # The last tile's stores have read what is overwritten now.
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        for half in HALVES:
+        for piece in pieces:
+            half = pl.ds(piece * 64, 64)
             x = values(slot, half, valid)
-            if form.rows:
-                code_smem[half], scale_smem[half] = _encode(x, 0, form.power_of_two)
             # The products below read the values from shared memory.
             if form.columns and (form.masked or not form.plain):
                 tile_smem[tile_slot(slot), half] = x.astype(BF16)
-        plgpu.commit_smem()
-        if form.rows:
-            plgpu.copy_smem_to_gmem(code_smem, code_gmem.at[rows, columns])
-            _store_line(scale_smem, scale_gmem, column, row)
+            if form.rows:
+                buffer = piece if form.columns else slot
+                store(
+                    _encode(x, 0, form.power_of_two),
+                    code_smem.at[buffer],
+                    scale_smem.at[buffer],
+                    code_gmem.at[pl.ds(row * height + piece * 64, 64), columns],
+                    (scale_gmem, column, row * (height // 64) + piece),
+                )
         if form.columns:
-            for half in HALVES:
+            if form.masked or not form.plain:
+                meet()
+            for piece in pieces:
+                half = pl.ds(piece * 64, 64)
                 x = _transposed(tile_smem.at[tile_slot(slot)], half, identity_smem)
                 if form.codes:
                     factor = mosaic.load(row_smem.at[slot], BY_COLUMN)
                     x = x * lax.broadcast_in_dim(factor, x.shape, (1,))
                 if form.codes and form.masked:
                     x = jnp.where(_index(x.shape, 1) < valid, x, jnp.zeros_like(x))
-                codes, scale = _encode(x, 0, form.power_of_two)
-                turned_smem[half], turned_scale_smem[half] = codes, scale
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(turned_smem, turned_gmem.at[columns, rows])
-            _store_line(turned_scale_smem, turned_scale_gmem, row, column)
-        pl.when(i + tiles.stages < count)(lambda: fetch(i + tiles.stages))
+                store(
+                    _encode(x, 0, form.power_of_two),
+                    turned_smem.at[piece],
+                    turned_scale_smem.at[piece],
+                    turned_gmem.at[pl.ds(column * TILE + piece * 64, 64), rows],
+                    (turned_scale_gmem, row, column * 2 + piece),
+                )
+        # Every warp has read the stage: the last piece's commit stands between.
+        if tiles.warpgroups > 1:
+            plgpu.barrier_arrive(free.at[slot])
+
+        @pl.when((warpgroup == 0) & (i + tiles.stages < count))
+        def _():
+            if tiles.warpgroups > 1:
+                plgpu.barrier_wait(free.at[slot])
+            fetch(i + tiles.stages)
 
     lax.fori_loop(0, count, step, None)
     plgpu.wait_smem_to_gmem(0)
@@ -256,6 +326,8 @@ def quantize(
     Both only as the form says. The last dimension of scales is rounded up to a multiple of 4 (TMA).
     """
     num_rows, width, blocks = x[0].shape[0], width or x[0].shape[1], cores * tiles.blocks
+    if not form.columns:
+        tiles = dataclasses.replace(tiles, warpgroups=1)
     x = tuple(map(mosaic.pad_rows, x))
     row_tiles, column_tiles = pl.cdiv(num_rows, TILE), pl.cdiv(width, TILE)
     shape_of = jax.ShapeDtypeStruct
@@ -263,12 +335,14 @@ def quantize(
     stage = lambda shape, dtype, transforms=(): plgpu.SMEM(
         (tiles.stages, *shape), dtype, transforms=transforms
     )
-    square = plgpu.SMEM((TILE, TILE), F8, transforms=mosaic.swizzled(TILE, F8))
-    line = plgpu.SMEM((TILE,), jnp.float32)
+    buffers = 2 if form.columns else tiles.stages
+    pieces = plgpu.SMEM((buffers, 64, TILE), F8, transforms=mosaic.swizzled(TILE, F8))
+    lines = plgpu.SMEM((buffers, 64), jnp.float32)
     scratch += [
-        stage((TILE, TILE), x[0].dtype, mosaic.swizzled(TILE, x[0].dtype, x[0].shape[1]))
+        stage((form.height, TILE), x[0].dtype, mosaic.swizzled(TILE, x[0].dtype, x[0].shape[1]))
     ] * form.inputs
-    scratch += [stage((TILE,), jnp.float32)] * (form.by_row + form.codes + form.by_column)
+    scratch += [stage((form.height,), jnp.float32)] * (form.by_row + form.codes)
+    scratch += [stage((TILE,), jnp.float32)] * form.by_column
     # Both operands of the products want the same swizzle.
     tile_width = 0 if form.codes else x[0].shape[1]
     if form.rows:
@@ -276,27 +350,33 @@ def quantize(
             shape_of((x[0].shape[0], column_tiles * TILE), F8),
             shape_of((column_tiles, _up(num_rows, 4)), jnp.float32),
         ]
-        scratch += [square, line]
+        scratch += [pieces, lines]
     if form.columns:
         out_type += [
             shape_of((width, row_tiles * TILE), F8),
             shape_of((row_tiles, _up(width, 4)), jnp.float32),
         ]
         scratch += [
-            square,
-            line,
+            pieces,
+            lines,
             plgpu.SMEM((64, 64), BF16, transforms=mosaic.swizzled(64, BF16, tile_width)),
         ]
     if form.codes:
         scratch += [plgpu.SMEM((1, TILE, TILE), BF16, transforms=mosaic.swizzled(TILE, BF16))]
     arrivals = form.inputs + form.by_row + form.codes + form.by_column
-    scratch += [plgpu.Barrier(num_arrivals=arrivals, num_barriers=tiles.stages)]
+    scratch += [
+        plgpu.Barrier(num_arrivals=arrivals, num_barriers=tiles.stages),
+        plgpu.Barrier(num_arrivals=tiles.warpgroups, num_barriers=tiles.stages),
+        plgpu.Barrier(num_arrivals=tiles.warpgroups, num_barriers=1),
+    ]
     kernel = mosaic.launch(
         functools.partial(_body, form=form, tiles=tiles, shape=(num_rows, width), blocks=blocks),
         name=name,
         out_type=tuple(out_type),
         grid=(blocks,),
         grid_names=("block",),
+        num_threads=tiles.warpgroups,
+        thread_name="warpgroup",
         scratch_types=scratch,
         interpret=interpret,
     )

@@ -29,7 +29,7 @@ def main(case: str):
     x_MK, up_MK, factor_M, gain_K = normal(M, K), normal(M, K), rng.uniform(size=M), normal(K)
     factor_M, gain_K = factor_M.astype(np.float32), gain_K.astype(jnp.float32)
     counts_m = np.array([100, 30], np.int32)
-    options = dict(tiles=hopper.Tiles(blocks=1, stages=2), cores=2, name=case)
+    options = dict(tiles=hopper.Tiles(1, 2, 2), cores=2, name=case)
     options["interpret"] = plgpu.InterpretGPUParams(detect_races=True)
     if case == "both":
         found, right = hopper.quantize((x_MK,), form=Form(columns=True), **options), both(x_MK)

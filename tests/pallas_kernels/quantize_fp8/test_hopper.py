@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels.quantize_fp8 import (
@@ -65,16 +66,41 @@ def test_lowers_inside_shard_map():
     assert kernels_in(text) == 1
 
 
-@pytest.mark.parametrize("blocks, stages", [(2, 2), (1, 1), (4, 1)])
-def test_other_tiles_lower(blocks, stages):
+@pytest.mark.parametrize("columns", [True, False], ids=["both", "rows"])
+@pytest.mark.parametrize("tiles", [(2, 2, 2), (1, 1, 1), (3, 3, 1)], ids=str)
+def test_other_tiles_lower(tiles, columns):
     call = functools.partial(
         hopper.quantize,
-        form=hopper.Form(columns=True),
-        tiles=hopper.Tiles(blocks, stages),
+        form=hopper.Form(columns=columns),
+        tiles=hopper.Tiles(*tiles),
         cores=132,
         name="quantize",
     )
     jax.jit(call).trace((shape_of((256, 512), BF16),)).lower(lowering_platforms=("cuda",))
+
+
+def test_the_blocks_of_an_sm_fit_on_it_together(monkeypatch):
+    # One that does not fit runs when the others have ended, alone.
+    taken = []
+    launch = hopper.mosaic.launch
+
+    def record(body, *, grid, scratch_types, **options):
+        sizes = [
+            np.prod(ref.shape, dtype=int) * jnp.dtype(ref.dtype).itemsize
+            for ref in scratch_types
+            if hasattr(ref, "dtype")
+        ]
+        # Each starts at a multiple of 1 KiB; barriers, and what the system takes of each block.
+        rest = 1024 * (1 + len(scratch_types) - len(sizes))
+        block = sum(-(-size // 1024) * 1024 for size in sizes) + rest
+        taken.append(grid[0] // 132 * block)
+        return launch(body, grid=grid, scratch_types=scratch_types, **options)
+
+    monkeypatch.setattr(hopper.mosaic, "launch", record)
+    test_every_form_lowers((256, 384))
+    for dtype in (BF16, F32):
+        test_blocks_lower((256, 384), dtype)
+    assert len(taken) == 9 and max(taken) <= 228 * 1024
 
 
 def test_scales_are_stored_within_their_rows(monkeypatch):
@@ -89,7 +115,7 @@ def test_scales_are_stored_within_their_rows(monkeypatch):
         return copy(source, target, **options)
 
     monkeypatch.setattr(hopper.plgpu, "copy_smem_to_gmem", record)
-    for shape, right in (((1001, 2112), {128, 108, 64}), ((3, 16), {4, 16}), ((256, 128), {128})):
+    for shape, right in (((1001, 2112), {64, 44}), ((3, 16), {4, 16}), ((256, 128), {64})):
         sizes.clear()
         with on(HOPPER):
             call = jax.jit(functools.partial(quantize_tiles, by="both"))
@@ -105,6 +131,8 @@ def test_fp32_activations_are_refused():
 def test_odd_tiles_are_refused():
     with pytest.raises(ValueError, match="stages=0"):
         hopper.Tiles(stages=0)
+    with pytest.raises(ValueError, match="warpgroups=3"):
+        hopper.Tiles(warpgroups=3)
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter needs jax >= 0.11")
