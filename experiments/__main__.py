@@ -30,6 +30,18 @@ COMMANDS = {
         "every parameter and operation of a model: shape, dtype, sharding, precision",
         "deepseek_v3",
     ),
+    "claims": Command(
+        "experiments.claims.command",
+        "claims",
+        "the paper's tables and figures, computed again and judged",
+        "kv_cache",
+    ),
+    "plan": Command(
+        "experiments.plan",
+        "plan",
+        "memory, traffic and time of a train step on a cluster that need not be there",
+        "deepseek_v3 --cluster h200x2048 --mesh fsdp=32,expert=64",
+    ),
     "bench train": Command(
         "experiments.bench.train",
         "bench_train",

@@ -35,6 +35,9 @@ class Transfer(NamedTuple):
     bytes: float  # of the gathered, summed or exchanged array on a device, all times together
     times: int
     hidden: bool  # whether other work can go on meanwhile
+    # Devices that take part, and how many of them share a node, where those are not all of the
+    # axes: a hop of dispatch.
+    group: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,11 @@ class Prediction:
     communication_by_part: Mapping[str, float]
 
 
-def group_size(axes: Sequence[str], mesh: Mapping[str, int]) -> int:
-    """Devices in a collective over `axes`."""
-    return math.prod(mesh.get(axis, 1) for axis in axes)
+def group_size(transfer: Transfer, mesh: Mapping[str, int]) -> int:
+    """Devices in a collective."""
+    if transfer.group is not None:
+        return transfer.group[0]
+    return math.prod(mesh.get(axis, 1) for axis in transfer.axes)
 
 
 def members_in_node(axes: Sequence[str], mesh: Mapping[str, int], node: int) -> int:
@@ -124,10 +129,13 @@ def transfer_terms(transfer: Transfer, mesh: Mapping[str, int], hardware: Accele
     In a ring over nodes every byte crosses a node's boundary once, and the devices of the node
     share that; in an exchange each device sends its own parts for other nodes itself.
     """
-    group = group_size(transfer.axes, mesh)
+    group = group_size(transfer, mesh)
     if group == 1:
         return Terms()
-    inside = members_in_node(transfer.axes, mesh, hardware.node)
+    if transfer.group is not None:
+        inside = transfer.group[1]
+    else:
+        inside = members_in_node(transfer.axes, mesh, hardware.node)
     if transfer.kind == "all-to-all":
         inner = transfer.bytes * (inside - 1) / group
         outer = transfer.bytes * (group - inside) / group

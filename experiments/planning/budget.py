@@ -173,40 +173,51 @@ def weight_transfers(setup: Setup) -> list[Transfer]:
     return found
 
 
-def hop_rows(setup: Setup) -> list[tuple[int, int]]:
-    """(group, rows) of the buffers that a device exchanges in each hop of dispatch."""
+def hop_rows(setup: Setup) -> list[tuple[str, tuple[int, int], int]]:
+    """Name, group and rows of the buffer that a device exchanges in each hop of dispatch.
+
+    A group is how many devices exchange, and how many of them share a node.
+    """
     config, scheme, ranks = setup.run.config, setup.scheme, setup.mesh["expert"]
     tokens, even, found = setup.tokens, setup.tokens * config.experts_per_token, []
-    for hop in axis_hops(ranks, scheme.expert_nodes):
+    hops = axis_hops(ranks, scheme.expert_nodes)
+    for index, hop in enumerate(hops):
         group = len(hop.groups[0])
-        bound = math.ceil((scheme.room or group) * even / group)
-        bound = min(tokens, bound)
+        bound = tokens
+        if scheme.room is not None:
+            bound = min(tokens, math.ceil(scheme.room * even / group))
         tokens = group * bound
-        found.append((group, tokens))
+        if len(hops) > 1 and index == 0:
+            found.append((f"among {group} nodes", (group, 1), tokens))
+        else:
+            inside = group if len(hops) > 1 else ranks // scheme.expert_nodes
+            found.append((f"among {group} devices", (group, inside), tokens))
     return found
 
 
 def expert_transfers(setup: Setup) -> list[Transfer]:
     """Dispatch and combine, forward and backward; work that does not need them is not at hand."""
-    config, size = setup.run.config, itemsize(setup)
+    config, size, remat = setup.run.config, itemsize(setup), setup.run.remat
     layers = config.num_moe_layers + (config.num_mtp if config.num_moe_layers else 0)
     times = setup.accumulation * layers
-    again = setup.run.remat in ("attention", "full")
     D, K = config.model_dim, config.experts_per_token
-    fp8 = setup.run.precision.matmul == "fp8"
-    codes = D + D // 128 * 4 if fp8 else D * size
+    codes = D + 4 * (D // 128) if setup.run.precision.matmul == "fp8" else D * size
+    # Forward, the gradient that goes back through combine, and once more where it is not kept.
+    sends = 3 if remat in ("attention", "full") else 2
+    # Ids and routing weights go out with the tokens, again if the path is not kept; the
+    # gradients of the routing weights come back.
+    lists = 3 if remat == "none" else 5
     found = []
-    for group, rows in hop_rows(setup):
-        # Dispatch forward (and again), and the gradient that goes back through combine.
-        to_experts = rows * codes * (3 if again else 2)
-        back = rows * D * size * 2
-        choices = rows * K * 4 * (6 if setup.run.remat != "none" else 4)
-        hop = "dispatch" if group == setup.mesh["expert"] else f"dispatch among {group}"
-        for part, total, count in ((hop, to_experts, 3 if again else 2),
-                                   (hop.replace("dispatch", "combine"), back, 2),
-                                   (hop.replace("dispatch", "choices"), choices, 6)):
-            found.append(Transfer(part, "all-to-all", ("expert",), total * times,
-                                  count * times, False))
+    for name, group, rows in hop_rows(setup):
+        for part, total, count in (
+            (f"dispatch {name}", sends * rows * codes, sends),
+            (f"combine {name}", 2 * rows * D * size, 2),
+            (f"choices {name}", lists * rows * K * 4, lists),
+        ):
+            found.append(
+                Transfer(part, "all-to-all", ("expert",), total * times, count * times, False,
+                         group)
+            )
     return found
 
 

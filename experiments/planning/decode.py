@@ -1,0 +1,111 @@
+"""A plan of decoding: bytes of a device and the time of one output token (ISCA, section 2.3).
+
+Requests are split over all devices; each holds the attention of its own (cut over `tensor`), and
+the experts of its place on the expert axis. Every device decodes one token of each of its requests
+at a time, on the latent cache; tokens go straight to the devices of their experts.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from deepseek_jax.config import Run
+from experiments.planning.choose import REACHED
+from experiments.planning.setup import divisors, mesh_name, refusal
+from experiments.planning.weights import Weight, shards, weights
+from sharding.cost import members_in_node
+from sharding.hardware import Cluster
+from sharding.mesh import AXES
+
+GIB = 2**30
+
+
+def decode_mesh(run: Run, cluster: Cluster) -> dict[str, int]:
+    """The experts spread as far as they go, the rest copies."""
+    ways = [n for n in divisors(cluster.devices) if run.config.num_experts % n == 0]
+    sizes = {"expert": max(ways), "data": cluster.devices // max(ways)}
+    return {axis: sizes.get(axis, 1) for axis in AXES}
+
+
+def weight_bytes(weight: Weight, run: Run) -> float:
+    """Bytes of a weight's element: FP8 codes and scales of blocks where the recipe has them."""
+    kept = weight.leaf in ("embed_VD", "head_VD", "router_ED") or len(weight.letters) == 1
+    if run.precision.matmul == "fp8" and not kept:
+        return 1 + 4 / 128**2
+    return 4 if run.precision.activations == "fp32" or weight.leaf == "router_ED" else 2
+
+
+def decode_rows(
+    run: Run, cluster: Cluster, mesh: Mapping[str, int] | None, *, batch: int, context: int
+) -> list[dict[str, Any]]:
+    """Rows of the plan: bytes, and microseconds of one token.
+
+    Args:
+      batch: requests of a device.
+      context: tokens in the cache of each.
+    """
+    if batch < 1 or context < 1:
+        raise ValueError(f"--batch {batch} and --context {context} must be at least 1")
+    mesh = mesh or decode_mesh(run, cluster)
+    reason = refusal(run, mesh)
+    if reason is not None:
+        raise ValueError(f"mesh {mesh_name(mesh)}: {reason}")
+    config, hardware, tensor = run.config, cluster.accelerator, mesh["tensor"]
+    reached = REACHED[hardware.platform]
+    bandwidth = hardware.memory_bandwidth * reached.memory
+    peak = hardware.flops_fp8 if run.precision.matmul == "fp8" else hardware.flops_bf16
+    held: dict[str, float] = {}
+    flops: dict[str, float] = {}
+    for w in weights(config, mesh):
+        if w.part == "MTP":
+            continue
+        # Nothing is cut over fsdp: a decoding device multiplies at once with what it holds.
+        part = w.part if w.part != "norms" else "attention"
+        ways = shards(w.computed, mesh)
+        held[part] = held.get(part, 0.0) + w.size * weight_bytes(w, run) / ways
+        # Experts are split, but each device's receive tokens from all: an even load.
+        cut = shards(tuple(axis for axis in w.computed if axis != "expert"), mesh)
+        flops[part] = flops.get(part, 0.0) + batch * w.flops(config) / cut
+    cache = config.num_layers * batch * context * config.cache_dim * 2
+    core = config.num_layers * batch * context * 2 * (config.num_heads / tensor)
+    held["cache"] = cache
+    flops["cache"] = core * (config.cache_dim + config.kv_latent_dim)
+    rows, total = [], 0.0
+    for part, size in held.items():
+        # Lookups read a row of each token.
+        read = 0.0 if part == "embedding" else size
+        rate = hardware.flops_bf16 if part in ("cache", "head and loss", "router") else peak
+        seconds = max(read / bandwidth, flops.get(part, 0.0) / rate / reached.products)
+        total += seconds
+        rows.append({"what": part, "GiB a device": size / GIB, "us a token": 1e6 * seconds,
+                     "limited by": "memory" if read / bandwidth >= seconds else "products"})
+    sending = exchange_seconds(run, cluster, mesh, batch) * config.num_moe_layers
+    rows.append({"what": "dispatch and combine", "us a token": 1e6 * sending,
+                 "limited by": "network" if sending else None})
+    needs = sum(held.values())
+    fits = "fits" if needs <= hardware.memory else f"does not fit {hardware.memory / GIB:.0f} GiB"
+    overlapped = max(total, sending)
+    for name, seconds in (("one after the other", total + sending),
+                          ("two half-batches, one computing while the other sends", overlapped)):
+        rows.append({"what": name, "GiB a device": needs / GIB, "us a token": 1e6 * seconds,
+                     "limited by": fits, "tokens/s of a request": 1 / seconds,
+                     "tokens/s of a device": batch / seconds})
+    return rows
+
+
+def exchange_seconds(run: Run, cluster: Cluster, mesh: Mapping[str, int], batch: int) -> float:
+    """One layer's dispatch and combine: each token to the K devices of its experts and back.
+
+    FP8 codes go out with their scales where the recipe is FP8, BF16 comes back.
+    """
+    config, hardware, ranks = run.config, cluster.accelerator, mesh["expert"]
+    if ranks == 1 or config.num_moe_layers == 0:
+        return 0.0
+    D = config.model_dim
+    out = D + 4 * D / 128 if run.precision.matmul == "fp8" else 2 * D
+    inside = members_in_node(("expert",), mesh, hardware.node)
+    sent = batch * config.experts_per_token * (out + 2 * D)
+    outer, inner = sent * (ranks - inside) / ranks, sent * (inside - 1) / ranks
+    reached = REACHED[hardware.platform].network
+    busy = max(outer / hardware.outer.bandwidth, inner / hardware.inner.bandwidth) / reached
+    link = hardware.outer if ranks > inside else hardware.inner
+    return busy + 2 * link.latency
