@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import mosaic
-from pallas_kernels.quantize_fp8 import hopper, reference
+from pallas_kernels.quantize_fp8 import blocks, hopper, reference
 
 IMPLEMENTATIONS = (None, "reference", "hopper")
 F8 = reference.F8
@@ -183,13 +183,11 @@ def quantize_blocks(
             *reference.blocks(turned_GKN, power_of_two),
         )
     else:
-        form = hopper.Form(columns=True, power_of_two=power_of_two)
-        out = hopper.quantize_blocks(
+        out = blocks.quantize_blocks(
             w_GNK,
-            form=form,
-            tiles=hopper.blocks_of(w.dtype),
+            power_of_two=power_of_two,
+            per_core=blocks.blocks_of(w.dtype),
             cores=mosaic.target().cores,
-            name="quantize_blocks_fp8",
         )
     return Blocks(*(array[0] if w.ndim == 2 else array for array in out))
 
@@ -249,16 +247,16 @@ def _check_dtype_and_widths(name, x, widths):
 
 
 def _check_tiles(x):
-    blocks, rest = divmod(x.codes.shape[-1], TILE)
+    tiles, rest = divmod(x.codes.shape[-1], TILE)
     rows = -(-x.codes.shape[0] // 4) * 4
     if x.codes.dtype != F8 or rest:
         raise ValueError(
             f"codes must be {jnp.dtype(F8).name} padded to a multiple of 128, not "
             f"{x.codes.dtype} {x.codes.shape}"
         )
-    if x.scale.shape != (blocks, rows) or x.scale.dtype != jnp.float32:
+    if x.scale.shape != (tiles, rows) or x.scale.dtype != jnp.float32:
         raise ValueError(
-            f"scales of codes {x.codes.shape} must be float32 [{blocks}, {rows}], not "
+            f"scales of codes {x.codes.shape} must be float32 [{tiles}, {rows}], not "
             f"{x.scale.dtype} {x.scale.shape}"
         )
 
@@ -266,8 +264,8 @@ def _check_tiles(x):
 def _check_counts(counts_m, x_MK):
     if counts_m is None:
         return
-    blocks = -(-x_MK.shape[0] // TILE)
-    if counts_m.shape != (blocks,) or counts_m.dtype != jnp.int32:
+    tiles = -(-x_MK.shape[0] // TILE)
+    if counts_m.shape != (tiles,) or counts_m.dtype != jnp.int32:
         raise ValueError(
-            f"counts of rows must be int32 [{blocks}], not {counts_m.dtype} {counts_m.shape}"
+            f"counts of rows must be int32 [{tiles}], not {counts_m.dtype} {counts_m.shape}"
         )

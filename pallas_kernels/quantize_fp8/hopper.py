@@ -9,7 +9,6 @@ two shuffles, and it leaves as FP8 without a single-byte store to shared memory.
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.experimental.pallas as pl
@@ -18,16 +17,21 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import mosaic
-
-F8 = jnp.float8_e4m3fn
-BF16 = jnp.bfloat16
-TILE = 128
-# amax is floored here; 1 / 448 in FP32 times amax is the scale.
-AMAX_FLOOR = 1e-4
-INVERSE_MAX = 1 / 448
-WGMMA = plgpu.Layout.WGMMA
-BY_ROW, BY_COLUMN = WGMMA.reduce(1), WGMMA.reduce(0)
-HALVES = (pl.ds(0, 64), pl.ds(64, 64))
+from pallas_kernels.quantize_fp8.encode import (
+    BF16,
+    BY_COLUMN,
+    BY_ROW,
+    F8,
+    TILE,
+    WGMMA,
+    encode,
+    identity,
+    index,
+    round_up,
+    store_line,
+    swish,
+    transposed,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,72 +58,6 @@ def tiles_of(form: "Form") -> Tiles:
     if not form.columns:
         return Tiles(blocks=2 if form.inputs == 2 else 4)
     return Tiles(blocks=1 if form.inputs == 2 else 2, warpgroups=2)
-
-
-def blocks_of(dtype: jax.typing.DTypeLike) -> Tiles:
-    """For weights: a tile of FP32 with its buffers takes more than half of the shared memory."""
-    return Tiles(blocks=1 if dtype == jnp.float32 else 2, stages=1)
-
-
-def _scale(amax, power_of_two):
-    """NaN where amax is not finite: it reaches every product of the tile."""
-    scale = jnp.maximum(amax, AMAX_FLOOR) * jnp.float32(INVERSE_MAX)
-    if power_of_two:
-        bits = lax.bitcast_convert_type(scale, jnp.int32)
-        scale = lax.bitcast_convert_type((bits + 0x7FFFFF) & ~0x7FFFFF, jnp.float32)
-    return jnp.where(amax < jnp.inf, scale, jnp.float32(jnp.nan))
-
-
-def _encode(x, axis, power_of_two):
-    """Codes of a piece in registers, and their scales: one for each index of `axis`."""
-    scale = _scale(jnp.max(jnp.abs(x), axis=1 - axis), power_of_two)
-    # The conversion saturates. The reciprocal may be off by one in its last bit (rcp.approx), which
-    # only decides ties; of a power of two it is exact.
-    return (x * lax.broadcast_in_dim(1 / scale, x.shape, (axis,))).astype(F8), scale
-
-
-def _index(shape, axis):
-    return plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, shape, axis), WGMMA)
-
-
-def _identity():
-    row, column = _index((64, 64), 0), _index((64, 64), 1)
-    return jnp.where(row == column, jnp.float32(1), jnp.float32(0)).astype(BF16)
-
-
-def _transposed(tile_smem, half, identity_smem):
-    """64 columns of a BF16 tile [128, 128] as [64, 128] in FP32 registers."""
-
-    def multiply(acc):
-        for rows in HALVES:
-            plgpu.wgmma(acc.at[:, rows], mosaic.transpose(tile_smem.at[rows, half]), identity_smem)
-        return acc[...]
-
-    return pl.run_scoped(multiply, plgpu.ACC((64, TILE), jnp.float32))
-
-
-def _swish(gate, up):
-    """silu(gate) * up; a square of a root for the quotient: IEEE division takes twice the time."""
-    root = lax.rsqrt(1 + lax.exp2(gate * jnp.float32(-math.log2(math.e))))
-    return gate * (root * root) * up
-
-
-def _store_line(line_smem, scale_gmem, row, piece):
-    """64 scales, those beyond the end of the row left out.
-
-    Mosaic makes a linear copy of a piece of one dimension: it would run on into the next row.
-    """
-    full, rest = divmod(scale_gmem.shape[1], 64)
-
-    def store(size):
-        source = line_smem.at[pl.ds(0, size)]
-        target = scale_gmem.at[row, pl.ds(piece * 64, size)]
-        plgpu.copy_smem_to_gmem(source, target, commit_group=False)
-
-    if full:
-        pl.when(piece < full)(lambda: store(64))
-    if rest:
-        pl.when(piece == full)(lambda: store(rest))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +152,7 @@ def _body(*refs, form, tiles, shape, blocks):
         for i in range(tiles.stages):
             pl.when(i < count)(functools.partial(fetch, jnp.int32(i)))
         if form.columns:
-            identity_smem[...] = _identity()
+            identity_smem[...] = identity()
 
     if form.columns:
         meet()
@@ -222,7 +160,7 @@ def _body(*refs, form, tiles, shape, blocks):
     def values(slot, half, valid):
         """64 rows as FP32 in registers; rounded to BF16 unless they are the operand's."""
         x = [mosaic.load(ref.at[slot, half], WGMMA).astype(jnp.float32) for ref in x_smem]
-        x = _swish(*x) if form.inputs == 2 else x[0]
+        x = swish(*x) if form.inputs == 2 else x[0]
         if form.by_row:
             factor = mosaic.load(row_smem.at[slot, half], BY_ROW)
             x = x * lax.broadcast_in_dim(factor, x.shape, (0,))
@@ -230,7 +168,7 @@ def _body(*refs, form, tiles, shape, blocks):
             factor = mosaic.load(column_smem.at[slot], BY_COLUMN)
             x = x * lax.broadcast_in_dim(factor, x.shape, (1,))
         if form.masked:
-            x = jnp.where(_index(x.shape, 0) < valid - half.start, x, jnp.zeros_like(x))
+            x = jnp.where(index(x.shape, 0) < valid - half.start, x, jnp.zeros_like(x))
         return x if form.plain else x.astype(BF16).astype(jnp.float32)
 
     def store(encoded, code_smem, scale_smem, code_gmem, line):
@@ -241,7 +179,7 @@ def _body(*refs, form, tiles, shape, blocks):
         plgpu.wait_smem_to_gmem(turns - 1, wait_read_only=True)
         code_smem[...], scale_smem[...] = encoded
         plgpu.commit_smem()
-        _store_line(scale_smem, *line)
+        store_line(scale_smem, *line)
         plgpu.copy_smem_to_gmem(code_smem, code_gmem)
 
     tile_slot = lambda slot: 0 if form.codes else slot
@@ -263,7 +201,7 @@ def _body(*refs, form, tiles, shape, blocks):
             if form.rows:
                 buffer = piece if form.columns else slot
                 store(
-                    _encode(x, 0, form.power_of_two),
+                    encode(x, 0, form.power_of_two),
                     code_smem.at[buffer],
                     scale_smem.at[buffer],
                     code_gmem.at[pl.ds(row * height + piece * 64, 64), columns],
@@ -274,14 +212,14 @@ def _body(*refs, form, tiles, shape, blocks):
                 meet()
             for piece in pieces:
                 half = pl.ds(piece * 64, 64)
-                x = _transposed(tile_smem.at[tile_slot(slot)], half, identity_smem)
+                x = transposed(tile_smem.at[tile_slot(slot)], half, identity_smem)
                 if form.codes:
                     factor = mosaic.load(row_smem.at[slot], BY_COLUMN)
                     x = x * lax.broadcast_in_dim(factor, x.shape, (1,))
                 if form.codes and form.masked:
-                    x = jnp.where(_index(x.shape, 1) < valid, x, jnp.zeros_like(x))
+                    x = jnp.where(index(x.shape, 1) < valid, x, jnp.zeros_like(x))
                 store(
-                    _encode(x, 0, form.power_of_two),
+                    encode(x, 0, form.power_of_two),
                     turned_smem.at[piece],
                     turned_scale_smem.at[piece],
                     turned_gmem.at[pl.ds(column * TILE + piece * 64, 64), rows],
@@ -299,10 +237,6 @@ def _body(*refs, form, tiles, shape, blocks):
 
     lax.fori_loop(0, count, step, None)
     plgpu.wait_smem_to_gmem(0)
-
-
-def _up(size, multiple):
-    return -(-size // multiple) * multiple
 
 
 @functools.partial(
@@ -348,13 +282,13 @@ def quantize(
     if form.rows:
         out_type += [
             shape_of((x[0].shape[0], column_tiles * TILE), F8),
-            shape_of((column_tiles, _up(num_rows, 4)), jnp.float32),
+            shape_of((column_tiles, round_up(num_rows, 4)), jnp.float32),
         ]
         scratch += [pieces, lines]
     if form.columns:
         out_type += [
             shape_of((width, row_tiles * TILE), F8),
-            shape_of((row_tiles, _up(width, 4)), jnp.float32),
+            shape_of((row_tiles, round_up(width, 4)), jnp.float32),
         ]
         scratch += [
             pieces,
@@ -383,94 +317,3 @@ def quantize(
     extra = [a for a in (row_M, column_K, counts_m) if a is not None]
     out = [mosaic.varying_like(x[0], array) for array in kernel(*x, *extra)]
     return (out[0][:num_rows], *out[1:]) if form.rows else tuple(out)
-
-
-def _block_body(w_gmem, code_gmem, scale_gmem, *refs, form, shape, blocks):
-    """Weights: one scale for a tile of 128 x 128, so the transposed codes are the same codes."""
-    turned_gmem, turned_scale_gmem, *refs = refs if form.columns else (None, None, *refs)
-    w_smem, code_smem, turned_smem, tile_smem, identity_smem, full = refs
-    groups, n, k = shape
-    row_tiles, column_tiles = pl.cdiv(n, TILE), pl.cdiv(k, TILE)
-    total = groups * row_tiles * column_tiles
-    block = lax.axis_index("block")
-    count = (total - block + (blocks - 1)) // blocks
-
-    def place(i):
-        tile = block + i * blocks
-        rest, column = lax.div(tile, column_tiles), lax.rem(tile, column_tiles)
-        return lax.div(rest, row_tiles), lax.rem(rest, row_tiles), column
-
-    def fetch(i):
-        group, row, column = place(i)
-        tile = w_gmem.at[group, pl.ds(row * TILE, TILE), pl.ds(column * TILE, TILE)]
-        plgpu.copy_gmem_to_smem(tile, w_smem, full.at[0])
-
-    pl.when(count > 0)(lambda: fetch(jnp.int32(0)))
-    if form.columns:
-        identity_smem[...] = _identity()
-
-    def step(i, _):
-        group, row, column = place(i)
-        plgpu.barrier_wait(full.at[0])
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        values = lambda half: mosaic.load(w_smem.at[half], WGMMA).astype(jnp.float32)
-        amax = [jnp.max(jnp.abs(values(half)), axis=1) for half in HALVES]
-        scale = _scale(jnp.max(jnp.maximum(*amax), axis=0), form.power_of_two)
-        for half in HALVES:
-            codes = (values(half) * (1 / scale)).astype(F8)
-            code_smem[half] = codes
-            if form.columns:
-                tile_smem[half] = codes.astype(jnp.float32).astype(BF16)
-        scale_gmem[group, row, column] = scale
-        plgpu.commit_smem()
-        pl.when(i + 1 < count)(lambda: fetch(i + 1))
-        rows, columns = pl.ds(row * TILE, TILE), pl.ds(column * TILE, TILE)
-        plgpu.copy_smem_to_gmem(code_smem, code_gmem.at[group, rows, columns])
-        if form.columns:
-            turned_scale_gmem[group, column, row] = scale
-            for half in HALVES:
-                turned_smem[half] = _transposed(tile_smem, half, identity_smem).astype(F8)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(turned_smem, turned_gmem.at[group, columns, rows])
-
-    lax.fori_loop(0, count, step, None)
-    plgpu.wait_smem_to_gmem(0)
-
-
-@functools.partial(jax.jit, static_argnames=("form", "tiles", "cores", "name", "interpret"))
-def quantize_blocks(
-    w_GNK: jax.Array, *, form: Form, tiles: Tiles, cores: int, name: str, interpret=None
-) -> tuple[jax.Array, ...]:
-    """Codes [G, N, 128 k] and scales [G, n, k]; with `columns` codes [G, K, 128 n] and [G, k, n].
-
-    The last dimension of scales is rounded up to a multiple of 32; what is added is not written.
-    """
-    groups, n, k = w_GNK.shape
-    blocks = cores * tiles.blocks
-    shape_of = jax.ShapeDtypeStruct
-    out_type = []
-    for rows, columns in ((n, k), (k, n))[: 1 + form.columns]:
-        out_type += [
-            shape_of((groups, rows, _up(columns, TILE)), F8),
-            shape_of((groups, pl.cdiv(rows, TILE), _up(pl.cdiv(columns, TILE), 32)), jnp.float32),
-        ]
-    square = lambda dtype, width=0: plgpu.SMEM(
-        (TILE, TILE), dtype, transforms=mosaic.swizzled(TILE, dtype, width)
-    )
-    kernel = mosaic.launch(
-        functools.partial(_block_body, form=form, shape=w_GNK.shape, blocks=blocks),
-        name=name,
-        out_type=tuple(out_type),
-        grid=(blocks,),
-        grid_names=("block",),
-        scratch_types=[
-            square(w_GNK.dtype, k),
-            square(F8),
-            square(F8),
-            square(BF16),
-            plgpu.SMEM((64, 64), BF16, transforms=mosaic.swizzled(64, BF16)),
-            plgpu.Barrier(num_arrivals=1, num_barriers=1),
-        ],
-        interpret=interpret,
-    )
-    return tuple(mosaic.varying_like(w_GNK, out) for out in kernel(w_GNK))

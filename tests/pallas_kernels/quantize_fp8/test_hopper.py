@@ -13,6 +13,7 @@ import pytest
 
 from pallas_kernels.quantize_fp8 import (
     Tiles,
+    encode,
     hopper,
     quantize_blocks,
     quantize_tiles,
@@ -106,7 +107,7 @@ def test_the_blocks_of_an_sm_fit_on_it_together(monkeypatch):
 def test_scales_are_stored_within_their_rows(monkeypatch):
     # A copy of one dimension is linear on the card: past the end it writes the next row.
     sizes = set()
-    copy = hopper.plgpu.copy_smem_to_gmem
+    copy = encode.plgpu.copy_smem_to_gmem
 
     def record(source, target, **options):
         if len(target.shape) == 1:
@@ -114,7 +115,7 @@ def test_scales_are_stored_within_their_rows(monkeypatch):
             sizes.add(target.shape[0])
         return copy(source, target, **options)
 
-    monkeypatch.setattr(hopper.plgpu, "copy_smem_to_gmem", record)
+    monkeypatch.setattr(encode.plgpu, "copy_smem_to_gmem", record)
     for shape, right in (((1001, 2112), {64, 44}), ((3, 16), {4, 16}), ((256, 128), {64})):
         sizes.clear()
         with on(HOPPER):

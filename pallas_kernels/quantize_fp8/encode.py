@@ -1,0 +1,85 @@
+"""What quantising kernels do with a piece in registers: scales, codes, transpose, stores."""
+
+import math
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import mosaic
+
+F8 = jnp.float8_e4m3fn
+BF16 = jnp.bfloat16
+TILE = 128
+# amax is floored here; 1 / 448 in FP32 times amax is the scale.
+AMAX_FLOOR = 1e-4
+INVERSE_MAX = 1 / 448
+WGMMA = plgpu.Layout.WGMMA
+BY_ROW, BY_COLUMN = WGMMA.reduce(1), WGMMA.reduce(0)
+HALVES = (pl.ds(0, 64), pl.ds(64, 64))
+
+
+def round_up(size, multiple):
+    return -(-size // multiple) * multiple
+
+
+def scale_of(amax, power_of_two):
+    """NaN where amax is not finite: it reaches every product of the tile."""
+    scale = jnp.maximum(amax, AMAX_FLOOR) * jnp.float32(INVERSE_MAX)
+    if power_of_two:
+        bits = lax.bitcast_convert_type(scale, jnp.int32)
+        scale = lax.bitcast_convert_type((bits + 0x7FFFFF) & ~0x7FFFFF, jnp.float32)
+    return jnp.where(amax < jnp.inf, scale, jnp.float32(jnp.nan))
+
+
+def encode(x, axis, power_of_two):
+    """Codes of a piece in registers, and their scales: one for each index of `axis`."""
+    scale = scale_of(jnp.max(jnp.abs(x), axis=1 - axis), power_of_two)
+    # The conversion saturates. The reciprocal may be off by one in its last bit (rcp.approx), which
+    # only decides ties; of a power of two it is exact.
+    return (x * lax.broadcast_in_dim(1 / scale, x.shape, (axis,))).astype(F8), scale
+
+
+def index(shape, axis):
+    return plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, shape, axis), WGMMA)
+
+
+def identity():
+    row, column = index((64, 64), 0), index((64, 64), 1)
+    return jnp.where(row == column, jnp.float32(1), jnp.float32(0)).astype(BF16)
+
+
+def transposed(tile_smem, half, identity_smem):
+    """64 columns of a BF16 tile [128, 128] as [64, 128] in FP32 registers."""
+
+    def multiply(acc):
+        for rows in HALVES:
+            plgpu.wgmma(acc.at[:, rows], mosaic.transpose(tile_smem.at[rows, half]), identity_smem)
+        return acc[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((64, TILE), jnp.float32))
+
+
+def swish(gate, up):
+    """silu(gate) * up; a square of a root for the quotient: IEEE division takes twice the time."""
+    root = lax.rsqrt(1 + lax.exp2(gate * jnp.float32(-math.log2(math.e))))
+    return gate * (root * root) * up
+
+
+def store_line(line_smem, scale_gmem, row, piece):
+    """64 scales, those beyond the end of the row left out.
+
+    Mosaic makes a linear copy of a piece of one dimension: it would run on into the next row.
+    """
+    full, rest = divmod(scale_gmem.shape[1], 64)
+
+    def store(size):
+        source = line_smem.at[pl.ds(0, size)]
+        target = scale_gmem.at[row, pl.ds(piece * 64, size)]
+        plgpu.copy_smem_to_gmem(source, target, commit_group=False)
+
+    if full:
+        pl.when(piece < full)(lambda: store(64))
+    if rest:
+        pl.when(piece == full)(lambda: store(rest))
