@@ -1,5 +1,7 @@
 """The pieces every block is made of: initialisation, RMSNorm, embedding, gated feed-forward."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -11,6 +13,7 @@ from deepseek_jax.fp8 import Quantized, QuantizedWeight
 from deepseek_jax.linear import Activation, linear
 from deepseek_jax.swiglu import swiglu_linear
 from sharding import local, shard
+from sharding.placement import current_mesh
 
 
 class RoutingBias(nnx.Variable):
@@ -18,8 +21,12 @@ class RoutingBias(nnx.Variable):
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], config: ModelConfig) -> nnx.Param:
-    """N(0, init_std^2), as all matrices of V2 and V3."""
-    return nnx.Param(config.init_std * jax.random.normal(rngs.params(), shape, jnp.float32))
+    """N(0, init_std^2), as all matrices of V2 and V3; the same draws on any mesh."""
+    # The draws of one dimension are those of many, in order, and compile in a third of the time;
+    # but only an array drawn in its own shape is made in its shards.
+    drawn = shape if current_mesh() else (math.prod(shape),)
+    values = jax.random.normal(rngs.params(), drawn, jnp.float32).reshape(shape)
+    return nnx.Param(config.init_std * values)
 
 
 def ones(size: int) -> nnx.Param:

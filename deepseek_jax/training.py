@@ -58,7 +58,8 @@ def init_state(run: Run, mesh: jax.sharding.Mesh | None = None) -> TrainState:
     """The state before the first step; with a mesh, made directly in its shards."""
     if mesh is None:
         return jax.jit(lambda: _init(run))()
-    return jax.jit(lambda: _init(run), out_shardings=state_shardings(run, mesh))()
+    init = under_mesh(lambda: _init(run), mesh)
+    return jax.jit(init, out_shardings=state_shardings(run, mesh))()
 
 
 def abstract_state(run: Run) -> TrainState:

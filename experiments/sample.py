@@ -23,8 +23,8 @@ class SampleArgs:
     """Directory of the run."""
     prompt: str = "def "
     """Text to continue."""
-    max_new_tokens: int = 200
-    """Stop after so many tokens, or at the end of the document."""
+    max_new_tokens: int | None = None
+    """Stop after so many tokens, or at the end of the document; 200 if the model has room."""
     temperature: float = 0.7
     """0 always takes the most likely token."""
     seed: int = 0
@@ -42,14 +42,17 @@ def sample(args: SampleArgs) -> None:
     tokenizer = run_tokenizer(directory)
     tokens = [int(t) for t in tokenizer.encode(args.prompt)] or [tokenizer.eos]
     prompt_BT, key = np.asarray([tokens], np.int32), jax.random.key(args.seed)
-    check_prompt(run.config, prompt_BT, args.max_new_tokens, args.temperature, key)
+    max_new_tokens = args.max_new_tokens
+    if max_new_tokens is None:
+        max_new_tokens = max(1, min(200, run.config.max_length - len(tokens)))
+    check_prompt(run.config, prompt_BT, max_new_tokens, args.temperature, key)
     new: list[int] = []
     shown = ""
     sys.stdout.write(args.prompt)
     for token_B in stream(
         trained_model(run, state),
         prompt_BT,
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=max_new_tokens,
         temperature=args.temperature,
         key=key,
     ):

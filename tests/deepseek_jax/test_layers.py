@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from deepseek_jax import layers
 from deepseek_jax.layers import FeedForward, embed, rms_norm
 from deepseek_jax.linear import linear
 from deepseek_jax.swiglu import swiglu
+from sharding.mesh import make_mesh
+from sharding.placement import under_mesh
 from tests.configs import TINY
 
 
@@ -77,3 +80,13 @@ def test_gradients_of_an_embedding_row_add_up_in_fp32():
     assert embed(tokens_BT, table_VD, jnp.bfloat16).dtype == jnp.bfloat16
     # BF16 cannot count beyond 256.
     assert jax.grad(total)(table_VD)[:, 0].tolist() == [0.0, 0.0, 300.0, 0.0]
+
+
+def test_a_matrix_is_drawn_in_its_shards_and_is_the_same_without_a_mesh():
+    draw = lambda: layers.normal(nnx.Rngs(0), (24, 6, 40), TINY)[...]
+    mesh = make_mesh(fsdp=4, expert=2)
+    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("expert", None, "fsdp"))
+    program = jax.jit(under_mesh(draw, mesh), out_shardings=where).lower().compile()
+    np.testing.assert_allclose(program(), draw(), rtol=1e-6)
+    text = program.as_text()
+    assert "f32[12,6,10]" in text and "[24,6,40]" not in text and "[5760]" not in text

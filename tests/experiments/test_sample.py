@@ -80,3 +80,14 @@ def test_an_empty_prompt_begins_a_document(trained, model):
     [tokens] = generate(model, np.asarray([[tokenizer.eos]]), max_new_tokens=8).tolist()
     tokens = tokens[: tokens.index(tokenizer.eos)] if tokenizer.eos in tokens else tokens
     assert out == tokenizer.decode(tokens) + "\n"
+
+
+def test_without_a_length_it_goes_on_as_far_as_the_model_has_room(trained, tmp_path):
+    path, prompt = tmp_path / "out.json", "abc " * 3
+    room = load_run(RunDirectory(trained.run))[0].config.max_length
+    room -= len(load_tokenizer(trained.run / "tokenizer.json").encode(prompt))
+    words = "sample", trained.run, "--prompt", prompt, "--seed", 1
+    code, _, err = runs.call(*words, "--json", path)
+    assert (code, err) == (0, "") and 0 < len(json.loads(path.read_text())["tokens"]) <= room < 200
+    code, _, err = runs.call(*words, "--max-new-tokens", 200)
+    assert code == 2 and "max_new_tokens=200 exceeds max_length" in err
