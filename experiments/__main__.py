@@ -42,6 +42,12 @@ COMMANDS = {
         "memory, traffic and time of a train step on a cluster that need not be there",
         "deepseek_v3 --cluster h200x2048 --mesh fsdp=32,expert=64",
     ),
+    "sweep": Command(
+        "experiments.sweep",
+        "sweep_command",
+        "every mesh of a recipe on a cluster: costed, the best compiled, ranked, drawn",
+        "deepseek_v3 --cluster h200x2048",
+    ),
     "bench train": Command(
         "experiments.bench.train",
         "bench_train",

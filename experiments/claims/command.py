@@ -1,0 +1,166 @@
+"""`claims`: the paper's tables and figures, computed again and judged; `claims NAME` explains."""
+
+import difflib
+import inspect
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from experiments.claims.claim import NOT_HERE, WRONG, Claim, Result, evaluate, judge
+from experiments.claims.page import write_page
+from experiments.claims.table import CLAIMS, SUBJECTS
+from experiments.tables import print_table, show, write_json
+
+PAGE = Path("runs") / "claims.html"
+
+
+@dataclass(frozen=True)
+class ClaimsArgs:
+    """Compute the paper's tables and figures again and say for each value whether it holds.
+
+    Without names all of them, a minute on two cores, and a page with the figures. One name is
+    explained in words; several, or a subject, are a table.
+    """
+
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Claims (kv_cache, figure_7, ...) or subjects (memory, network, ...)."""
+    json: Path | None = None
+    """Also write the rows to this file."""
+    html: Path | None = None
+    """Where the page goes: runs/claims.html when all claims are computed, else nowhere."""
+
+
+def claims(args: ClaimsArgs) -> None:
+    """The command `claims`."""
+    chosen = choose(args.names)
+    results = compute_all(chosen)
+    if len(args.names) == 1 and args.names[0] in CLAIMS:
+        print(explained(results[0]))
+    else:
+        print_table([row(result) for result in results], title="claims")
+        print(summary(results))
+    if args.json is not None:
+        write_json(args.json, [record(result) for result in results])
+    page = args.html or (None if args.names else PAGE)
+    if page is not None:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        write_page(page, results)
+        print(f"page     {page}")
+
+
+def choose(names: Sequence[str]) -> list[Claim]:
+    """The claims that the names mean, each once, in the order of the table."""
+    wanted = set()
+    for name in (name.replace("-", "_") for name in names):
+        if name not in CLAIMS and name not in SUBJECTS:
+            near = difflib.get_close_matches(name, [*CLAIMS, *SUBJECTS], n=1)
+            fix = f"did you mean {near[0]}? " if near else ""
+            raise ValueError(
+                f"unknown claim {name!r}: {fix}`claims` alone lists all; subjects are "
+                f"{', '.join(SUBJECTS)}"
+            )
+        wanted |= {claim.name for claim in SUBJECTS.get(name, ())} or {name}
+    return [claim for claim in CLAIMS.values() if claim.name in wanted or not names]
+
+
+def compute_all(chosen: Sequence[Claim]) -> list[Result]:
+    """All results; a terminal sees which claim is being computed."""
+    console = Console(stderr=True)
+    if not (console.is_terminal and sys.stdout.isatty()):
+        return [evaluate(claim) for claim in chosen]
+    results = []
+    with console.status("") as status:
+        for claim in chosen:
+            status.update(f"{len(results) + 1}/{len(chosen)} {claim.name}")
+            results.append(evaluate(claim))
+    return results
+
+
+def row(result: Result) -> dict[str, Any]:
+    """A row of the printed table."""
+    claim = result.claim
+    return {
+        "name": claim.name,
+        "section": claim.section,
+        "claim": claim.says,
+        "printed": text(claim.printed),
+        "ours": text(result.ours),
+        "tolerance": claim.tolerance.words,
+        "verdict": result.verdict,
+    }
+
+
+def record(result: Result) -> dict[str, Any]:
+    """A row of the JSON file, values as they are."""
+    claim = result.claim
+    return {
+        "name": claim.name,
+        "section": claim.section,
+        "says": claim.says,
+        "printed": claim.printed,
+        "ours": result.ours,
+        "tolerance": claim.tolerance.words,
+        "verdict": result.verdict,
+        "how": claim.how,
+        "inputs": claim.inputs,
+    }
+
+
+def text(value: Any) -> str:
+    """A value in a cell.
+
+    >>> text({"FT2": 2, "FT3": 4.25})
+    'FT2 2, FT3 4.25'
+    """
+    if isinstance(value, Mapping):
+        shown = ((name, item) for name, item in value.items() if item is not None)
+        return ", ".join(f"{name} {text(item)}" for name, item in shown)
+    if isinstance(value, list | tuple):
+        return " ".join(map(text, value))
+    if isinstance(value, float) and 1000 <= abs(value) < 1e7:
+        return f"{value:,.0f}"
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    return show(value)
+
+
+def explained(result: Result) -> str:
+    """A claim in words."""
+    claim = result.claim
+    lines = [
+        f"{claim.name}: {claim.says} ({claim.section})",
+        f"printed    {text(claim.printed)}",
+        *([f"correct    {text(claim.correct)}"] if claim.verdict == WRONG else []),
+        f"ours       {text(result.ours)}",
+        f"tolerance  {claim.tolerance.words}",
+        f"verdict    {result.verdict}",
+        "",
+        *textwrap.wrap(claim.how, 96),
+    ]
+    if claim.inputs:
+        lines += ["", "inputs     " + ", ".join(f"{k}={show(v)}" for k, v in claim.inputs.items())]
+    lines.append(f"computed by {_where(claim)}")
+    if claim.otherwise and result.verdict != NOT_HERE:
+        ours = claim.compute(**{**claim.inputs, **claim.otherwise})
+        changed = ", ".join(f"{name}={show(value)}" for name, value in claim.otherwise.items())
+        lines += ["", f"With {changed}: {text(ours)}; {judge(claim, ours)}."]
+    return "\n".join(lines)
+
+
+def _where(claim: Claim) -> str:
+    function = claim.compute
+    return f"{function.__name__} in {Path(inspect.getsourcefile(function)).name}"
+
+
+def summary(results: Sequence[Result]) -> str:
+    """How many claims got which verdict."""
+    counts: dict[str, int] = {}
+    for result in results:
+        counts[result.verdict] = counts.get(result.verdict, 0) + 1
+    return "   ".join(f"{verdict}: {count}" for verdict, count in counts.items())

@@ -1,0 +1,90 @@
+"""claims.html: the table of claims and the figures, one page without network or scripts."""
+
+import html
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.claims.claim import DISAGREES, Result
+from experiments.claims.figures import figures
+from experiments.claims.table import SUBJECTS
+from experiments.report import card, section
+from experiments.report_style import CSS
+from experiments.tables import show
+
+STYLE = """
+.claims { overflow-x: auto; }
+.claims table { font-size: 0.85rem; min-width: 52rem; }
+.claims th, .claims td { width: auto; padding: 0.35rem 0.9rem 0.35rem 0; }
+.claims tr + tr td { border-top: 1px solid var(--grid); }
+.claims td:first-child, .claims td:last-child { white-space: nowrap; }
+.claims .bad { color: var(--second); font-weight: 600; }
+"""
+
+
+def write_page(path: Path, results: Sequence[Result]) -> None:
+    """Write the page so that it is whole or absent."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(page(results), encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def page(results: Sequence[Result]) -> str:
+    """The whole page."""
+    by_name = {result.claim.name: result for result in results}
+    title = "The paper's claims"
+    cards = "".join(card(*figure) for figure in figures(by_name))
+    tables = "".join(
+        section(subject.capitalize(), rows([by_name[c.name] for c in chosen if c.name in by_name]))
+        for subject, chosen in SUBJECTS.items()
+        if any(claim.name in by_name for claim in chosen)
+    )
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{title}</title><style>{CSS}{STYLE}</style></head><body><main>"
+        f"<header><h1>{title}</h1><p>Tables and figures of \"Insights into DeepSeek-V3\", computed "
+        "again by the code that trains, and what was printed beside it.</p></header>"
+        f'{counts(results)}<div class="cards">{cards}</div>{tables}</main></body></html>\n'
+    )
+
+
+def counts(results: Sequence[Result]) -> str:
+    """How many claims got which verdict."""
+    verdicts = [result.verdict for result in results]
+    cells = "".join(
+        f"<div><dt>{html.escape(verdict)}</dt><dd>{verdicts.count(verdict)}</dd></div>"
+        for verdict in dict.fromkeys(verdicts)
+    )
+    return f'<dl class="facts">{cells}</dl>'
+
+
+def rows(results: Sequence[Result]) -> str:
+    """The claims of a subject."""
+    head = "".join(
+        f"<th>{name}</th>" for name in ("", "claim", "printed", "ours", "tolerance", "verdict")
+    )
+    body = "".join(
+        f'<tr title="{html.escape(result.claim.how, quote=True)}">'
+        f"<td>{result.claim.name}<br><small>{html.escape(result.claim.section)}</small></td>"
+        f"<td>{html.escape(result.claim.says)}</td>"
+        f"<td>{cell(result.claim.printed)}</td><td>{cell(result.ours)}</td>"
+        f"<td>{html.escape(result.claim.tolerance.words)}</td>"
+        f"<td{' class=bad' if result.verdict == DISAGREES else ''}>{result.verdict}</td></tr>"
+        for result in results
+    )
+    return f'<div class="claims"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def cell(value) -> str:
+    """A value, names and numbers one below the other."""
+    if isinstance(value, dict):
+        shown = ((name, item) for name, item in value.items() if item is not None)
+        return "<br>".join(f"{html.escape(name)} {cell(item)}" for name, item in shown)
+    if isinstance(value, list | tuple):
+        return " ".join(map(cell, value))
+    return html.escape(f"{value:.6g}" if isinstance(value, float) else show(value))
