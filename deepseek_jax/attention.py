@@ -124,9 +124,9 @@ def expanded(
     if fp8.is_quantized(attention.wo_DNU[...]):
         attend = functools.partial(attend_e5m6, softmax_scale(config))
         outputs = f"BTNU,{fp8.e5m6_letters('BTNU')}"
-        return fp8.E5M6(*local(attend, f"{inputs}->{outputs}")(*operands))
+        return fp8.E5M6(*local(attend, f"{inputs}->{outputs}", whole="T")(*operands))
     attend = functools.partial(attend_plain, softmax_scale(config))
-    o_BTNU = local(attend, f"{inputs}->BTNU")(*operands)
+    o_BTNU = local(attend, f"{inputs}->BTNU", whole="T")(*operands)
     return checkpoint_name(shard(o_BTNU, "BTNU"), "attention")
 
 

@@ -17,6 +17,7 @@ from deepseek_jax.experts import expert_ffn, to_rows, to_tokens
 from deepseek_jax.layers import FeedForward, RoutingBias, normal
 from deepseek_jax.linear import Activation
 from pallas_kernels.mosaic import target
+from sharding import local
 from sharding.expert_parallel import dispatch_choices, plan_path
 from sharding.placement import is_split
 
@@ -75,11 +76,9 @@ class MoE(nnx.Module):
 @jax.named_scope("router")
 def scores(x_BTD, router_ED, config: ModelConfig) -> Float[Array, "B T E"]:
     """Affinity of each token to each expert, FP32 throughout."""
-    logits_BTE = jnp.einsum(
-        "BTD,ED->BTE",
-        x_BTD.astype(jnp.float32),
-        router_ED.astype(jnp.float32),
-        precision=jax.lax.Precision.HIGHEST,
+    product = functools.partial(jnp.einsum, "BTD,ED->BTE", precision=jax.lax.Precision.HIGHEST)
+    logits_BTE = local(product, "BTD,ED->BTE", whole="E")(
+        x_BTD.astype(jnp.float32), router_ED.astype(jnp.float32)
     )
     if config.score == "sigmoid":
         return jax.nn.sigmoid(logits_BTE)

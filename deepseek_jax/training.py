@@ -17,7 +17,14 @@ from deepseek_jax.loss import cross_entropy
 from deepseek_jax.model import Model, with_load
 from deepseek_jax.mtp import ahead, valid_positions
 from deepseek_jax.optimizer import adamw
-from sharding.placement import Scheme, batch_is_split, store_shardings, under_mesh
+from sharding.placement import (
+    Scheme,
+    at_rest,
+    batch_is_split,
+    store_shardings,
+    stored,
+    under_mesh,
+)
 
 Tree = Any  # nested dicts of arrays, keyed by module and parameter name
 
@@ -252,21 +259,29 @@ def accumulate(
         )
         return total, {"total_loss": total, **parts}
 
-    one = jax.grad(micro, has_aux=True)
+    # Two trees of one structure, in which a quantised weight is a leaf.
+    each = functools.partial(jax.tree.map, is_leaf=is_quantized)
+    # Nothing reads the master of a quantised weight, so it stays where it is stored.
+    masters = each(lambda weight, stored, rest: stored if is_quantized(weight) else rest,
+                   weights, state.params, at_rest(state.params))
+    gradient = jax.grad(micro, has_aux=True)
+
+    def one(targets, tokens_BS, segments_BS):
+        gradients, parts = gradient(targets, tokens_BS, segments_BS)
+        return stored(gradients), parts
+
     if count == 1:
-        return one(state.params, tokens[0], None if segments is None else segments[0])
+        return one(masters, tokens[0], None if segments is None else segments[0])
 
     def add(sums, inputs):
         so_far, parts = sums
-        # Two trees of one structure, in which a quantised weight is a leaf.
-        each = functools.partial(jax.tree.map, is_leaf=is_quantized)
         added = each(lambda weight: fused and is_quantized(weight), weights)
-        targets = each(lambda done, sum_, p: sum_ if done else p, added, so_far, state.params)
+        targets = each(lambda done, sum_, p: sum_ if done else p, added, so_far, masters)
         gradients, more = one(targets, *inputs)
         gradients = each(lambda done, sum_, g: g if done else sum_ + g, added, so_far, gradients)
         return (gradients, jax.tree.map(jnp.add, parts, more)), None
 
-    shapes = jax.eval_shape(one, state.params, tokens[0], None if segments is None else segments[0])
+    shapes = jax.eval_shape(one, masters, tokens[0], None if segments is None else segments[0])
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     (gradients, parts), _ = jax.lax.scan(add, zeros, (tokens, segments))
     mean = lambda x: x if jnp.issubdtype(x.dtype, jnp.integer) else x / count

@@ -11,9 +11,21 @@ from dataclasses import dataclass
 from typing import Literal
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from sharding.rules import ACTIVATIONS, BATCH_AXES, COMPUTE, STORE, Table, spec, weight_spec
+from sharding.rules import (
+    ACTIVATIONS,
+    BATCH_AXES,
+    COMPUTE,
+    PRODUCTS,
+    STORE,
+    Table,
+    spec,
+    weight_spec,
+)
+
+GATHERED = "gathered"
 
 
 @dataclass(frozen=True)
@@ -85,15 +97,16 @@ def batch_is_split() -> bool:
 def local(fn: Callable, signature: str, *, whole: str = "") -> Callable:
     """`fn` on local shards: `local(product, "BTD,FD->BTF")(x_BTD, w_FD)`.
 
-    Operands with a B or T are activations, the others weights (compute table). Letters that are
-    in the operands but not in the results have been summed by `fn`; where they are split over a
-    mesh axis the partial results are added up, and so are, backward, the cotangents of operands
-    that several devices share. `fn` returns one array, or a tuple where the signature lists more.
-    A lower-case letter is a dimension in blocks and lies where its capital does; the size of a
-    letter is that in the first operand that has it, for later ones may be padded.
+    Operands with a B or T are activations, the others weights. What rests in more pieces than `fn`
+    works on is gathered first: weights over the batch axes, and sequences over the tensor axis
+    where `fn` splits something else over it. Letters that are in the operands but not in the
+    results have been summed by `fn`; where they are split over a mesh axis the partial results are
+    added up, each device keeping its piece of the sequence. Backward, cotangents are added up over
+    the devices that share an operand, in their own dtype. `fn` returns one array, or a tuple where
+    the signature lists more.
 
     Args:
-      whole: letters that are never split here.
+      whole: letters that `fn` needs whole.
     """
     mesh = current_mesh()
     if mesh is None:
@@ -101,44 +114,85 @@ def local(fn: Callable, signature: str, *, whole: str = "") -> Callable:
     inputs, outputs = (side.split(",") for side in signature.split("->"))
 
     def on_shards(*args):
-        sizes: dict[str, int] = {}
-        for dims, arg in zip(inputs, args, strict=True):
-            for letter, n in zip(dims, arg.shape, strict=True):
-                sizes.setdefault(letter, n)
-        in_specs = tuple(_local_spec(dims, sizes, mesh, whole) for dims in inputs)
-        out_specs = tuple(_local_spec(dims, sizes, mesh, whole) for dims in outputs)
-        split = {axis for entry in in_specs for axis in _axes(entry)}
+        sizes = {letter: n for dims, arg in zip(inputs, args, strict=True)
+                 for letter, n in zip(dims, arg.shape, strict=True)}
+        place = functools.partial(_spec, sizes=sizes, mesh=mesh, whole=whole)
+        # The tensor axis splits the sequence only where it splits nothing else.
+        busy = any("tensor" in _axes(place(dims, PRODUCTS)) for dims in [*inputs, *outputs])
+        table = PRODUCTS if busy or "T" in whole else ACTIVATIONS
+        rest = [_spec_at_rest(dims, sizes, mesh) for dims in inputs]
+        work = [place(dims, table) for dims in inputs]
+        split = {axis for entries in work for axis in _axes(entries)}
+        results = [place(dims, ACTIVATIONS if "tensor" in split and "T" not in whole else table)
+                   for dims in outputs]
 
         def body(*shards):
-            results = fn(*(_vary(x, split) for x in shards))
-            results = results if isinstance(results, tuple) else (results,)
+            operands = [_gather(*each, split) for each in zip(shards, rest, work, strict=True)]
+            made = fn(*(_vary(x, split) for x in operands))
+            made = made if isinstance(made, tuple) else (made,)
             summed = [
-                _sum_over(x, split - set(_axes(entry)))
-                for x, entry in zip(results, out_specs, strict=True)
+                _sum_over(x, split, place(dims, table), entries)
+                for x, dims, entries in zip(made, outputs, results, strict=True)
             ]
             return tuple(summed) if len(summed) > 1 else summed[0]
 
+        # What was gathered is not kept for the backward pass but gathered again.
+        keep = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
         return jax.shard_map(
-            body,
+            jax.checkpoint(body, policy=keep, prevent_cse=False) if rest != work else body,
             mesh=mesh,
-            in_specs=in_specs,
-            out_specs=out_specs if len(out_specs) > 1 else out_specs[0],
+            in_specs=tuple(rest),
+            out_specs=tuple(results) if len(results) > 1 else results[0],
             check_vma=True,
         )(*args)
 
     return on_shards
 
 
-def _local_spec(dims: str, sizes: dict[str, int], mesh, whole: str) -> PartitionSpec:
-    dims = dims.upper()
-    kept = "".join("_" if letter in whole else letter for letter in dims)
-    shape = tuple(sizes[letter] for letter in dims)
-    table: Table = ACTIVATIONS if "B" in dims or "T" in dims else COMPUTE
+def _spec(dims: str, table: Table, *, sizes, mesh, whole: str = "") -> PartitionSpec:
+    """Where an operand or result lies. A lower-case letter is split as its upper-case one is."""
+    if not _is_activation(dims):
+        table = COMPUTE if table in (PRODUCTS, ACTIVATIONS) else table
+    letters = dims.upper()
+    shape = tuple(sizes.get(dim.upper(), sizes.get(dim)) for dim in dims)
+    kept = "".join("_" if letter in whole and letter != "T" else letter for letter in letters)
     return spec(kept, shape, table, mesh.shape)
 
 
-def _axes(entry: PartitionSpec) -> list[str]:
-    return [axis for dim in entry for axis in ((dim,) if isinstance(dim, str) else dim or ())]
+def _spec_at_rest(dims: str, sizes, mesh) -> PartitionSpec:
+    """Where an operand lies outside: weights in stored shards, but for small ones and scales."""
+    if _is_activation(dims):
+        return _spec(dims, ACTIVATIONS, sizes=sizes, mesh=mesh)
+    small = len(dims.replace("L", "")) < 2 or dims != dims.upper()
+    stored = current_scheme().zero == 3 and not small
+    return _spec(dims, STORE if stored else COMPUTE, sizes=sizes, mesh=mesh)
+
+
+def _is_activation(dims: str) -> bool:
+    return "B" in dims or "T" in dims
+
+
+def _axes(entries: PartitionSpec) -> list[str]:
+    return [axis for entry in entries for axis in _axes_of(entry)]
+
+
+def _axes_of(entry) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
+def _gather(x: jax.Array, rest: PartitionSpec, work: PartitionSpec, split: set[str]) -> jax.Array:
+    """A shard at work from shards at rest; the pieces of a dimension lie in the order of its axes.
+
+    Where devices of an axis compute the same, what they gather over it is the same on all.
+    """
+    for dim, (held, wanted) in enumerate(zip(rest, work, strict=True)):
+        held, wanted = _axes_of(held), _axes_of(wanted)
+        assert held[: len(wanted)] == wanted, (rest, work)
+        # The last axis counts fastest, so it is gathered first.
+        for axis in reversed(held[len(wanted) :]):
+            to = "varying" if axis in split else "invarying"
+            x = jax.lax.all_gather(x, axis, axis=dim, tiled=True, to=to)
+    return checkpoint_name(x, GATHERED) if rest != work else x
 
 
 def _vary(x: jax.Array, axes: set[str]) -> jax.Array:
@@ -146,8 +200,36 @@ def _vary(x: jax.Array, axes: set[str]) -> jax.Array:
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
-def _sum_over(x: jax.Array, axes: set[str]) -> jax.Array:
+def _sum_over(
+    x: jax.Array, split: set[str], made: PartitionSpec, wanted: PartitionSpec
+) -> jax.Array:
+    """Adds up what devices made of a result; along the tensor axis each keeps its sequence."""
+    axes = split - set(_axes(made))
+    for dim, (before, after) in enumerate(zip(made, wanted, strict=True)):
+        for axis in _axes_of(after)[len(_axes_of(before)) :]:
+            x = jax.lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
+            axes -= {axis}
     return jax.lax.psum(x, tuple(sorted(axes))) if axes else x
+
+
+def at_rest(tree):
+    """A tree of named weights as a step keeps it: gathered over the batch axes with zero=1."""
+    return _constrain(tree, STORE if current_scheme().zero == 3 else COMPUTE)
+
+
+def stored(tree):
+    """A tree of named weights, or of their gradients, in the shards of the state."""
+    return _constrain(tree, STORE)
+
+
+def _constrain(tree, table: Table):
+    mesh = current_mesh()
+    if mesh is None:
+        return tree
+    place = lambda path, leaf: jax.lax.with_sharding_constraint(
+        leaf, weight_spec(path[-1].key, leaf.shape, table, mesh.shape)
+    )
+    return jax.tree_util.tree_map_with_path(place, tree)
 
 
 def store_shardings(tree, mesh: jax.sharding.Mesh):

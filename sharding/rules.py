@@ -1,46 +1,44 @@
 """Three tables from dimension letter to mesh axes, and how a spec is read off a name with them.
 
-A table is an ordered list of (letter, axes). Each letter of an array takes, in the order of the
-table, those of its axes that no earlier letter of the same array took and whose sizes divide it.
+A table is an ordered list of (letter, axes); a letter may come again. Each letter of an array
+takes, in the order of the table, those of its axes that no earlier letter of the same array took
+and that divide what is left of it.
 """
 
+import math
 from collections.abc import Mapping
 
 from jax.sharding import PartitionSpec
 
 Table = tuple[tuple[str, tuple[str, ...]], ...]
 
-# Masters, moments, gradients, checkpoints: nothing big stays replicated.
-STORE: Table = (
+TENSOR: Table = (
     ("E", ("expert",)),
     ("N", ("tensor",)),
     ("F", ("tensor",)),
     ("V", ("tensor",)),
-    ("D", ("fsdp", "expert")),
-    ("Q", ("fsdp", "expert")),
-    ("C", ("fsdp", "expert")),
 )
+# Masters, moments, gradients, checkpoints: nothing stays replicated where an axis could hold it.
+# D first, which nearly all have; 7168 divides by 32 and by 64, not by both.
+STORE: Table = (*TENSOR, *((letter, ("fsdp", "expert")) for letter in "DQCFNVYZXAUE"))
 
 # Weights as a layer's products see them, after the gather over fsdp.
-COMPUTE: Table = (
-    ("E", ("expert",)),
-    ("N", ("tensor",)),
-    ("F", ("tensor",)),
-    ("V", ("tensor",)),
-)
+COMPUTE: Table = TENSOR
 
-# Activations. T carries the batch where B was folded into it.
+# Activations as products see them. T carries the batch where B was folded into it.
 BATCH_AXES = ("data", "fsdp", "expert")
-ACTIVATIONS: Table = (
+PRODUCTS: Table = (
     ("B", BATCH_AXES),
     ("T", BATCH_AXES),
     ("N", ("tensor",)),
     ("F", ("tensor",)),
     ("V", ("tensor",)),
 )
+# Between those that split heads or hidden channels over the tensor axis the sequence lies on it.
+ACTIVATIONS: Table = (*PRODUCTS, ("T", ("tensor",)))
 
-# Every device scores its tokens against all experts, so the router keeps E whole.
-EXCEPTIONS = {"router_ED": "D"}
+# Every device scores its tokens against all experts, so products see the router whole.
+WHOLE = {"router_ED": "E"}
 
 
 def letters_of(name: str) -> str:
@@ -52,24 +50,24 @@ def spec(
     letters: str, shape: tuple[int, ...], table: Table, axis_sizes: Mapping[str, int]
 ) -> PartitionSpec:
     """The PartitionSpec of an array whose last dimensions are `letters`; earlier ones are whole."""
-    entries: list[tuple[str, ...] | str | None] = [None] * len(shape)
+    entries: list[list[str]] = [[] for _ in shape]
     first = len(shape) - len(letters)
     used: set[str] = set()
     for letter, axes in table:
-        if letter not in letters or (letter == "T" and table is ACTIVATIONS and "B" in letters):
+        folded = letter == "T" and axes is BATCH_AXES
+        if letter not in letters or (folded and "B" in letters):
             continue
         dim = first + letters.index(letter)
-        taken: list[str] = []
-        size = 1
+        size = math.prod(axis_sizes[axis] for axis in entries[dim])
         for axis in axes:
             free = axis in axis_sizes and axis not in used
             if free and shape[dim] % (size * axis_sizes[axis]) == 0:
-                taken.append(axis)
+                entries[dim].append(axis)
+                used.add(axis)
                 size *= axis_sizes[axis]
-        used.update(taken)
-        if taken:
-            entries[dim] = taken[0] if len(taken) == 1 else tuple(taken)
-    return PartitionSpec(*entries)
+    return PartitionSpec(
+        *(axes[0] if len(axes) == 1 else tuple(axes) if axes else None for axes in entries)
+    )
 
 
 def weight_spec(
@@ -77,5 +75,6 @@ def weight_spec(
 ) -> PartitionSpec:
     """The PartitionSpec of a named weight. Vectors (norms) are small and stay whole."""
     letters = letters_of(name)
-    split = EXCEPTIONS.get(name, letters) if len(letters) > 1 else ""
-    return spec(split, shape, table, axis_sizes)
+    if table is COMPUTE:
+        letters = "".join("_" if letter in WHOLE.get(name, "") else letter for letter in letters)
+    return spec(letters if len(letters) > 1 else "", shape, table, axis_sizes)
