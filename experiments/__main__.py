@@ -48,6 +48,12 @@ COMMANDS = {
         "every mesh of a recipe on a cluster: costed, the best compiled, ranked, drawn",
         "deepseek_v3 --cluster h200x2048",
     ),
+    "place": Command(
+        "experiments.place",
+        "place",
+        "experts and copies of the busy ones on devices, by the loads of a run",
+        "runs/tiny --devices 8",
+    ),
     "bench train": Command(
         "experiments.bench.train",
         "bench_train",

@@ -250,7 +250,8 @@ def compiler_remarks(chosen: Setup, found: Compiled) -> list[str]:
     kernels = ", ".join(f"{n} {name}" for name, n in sorted(found.kernels.items()))
     lines = [
         f"compiled for {found.target} in {found.compile_seconds:.0f} s (lowered in "
-        f"{found.lower_seconds:.0f} s, {found.host_gib:.1f} GiB of this machine)",
+        f"{found.lower_seconds:.0f} s; {found.cpu_seconds:.0f} s of processor time in all, "
+        f"{found.host_gib:.1f} GiB of this machine)",
         f"sums of weight gradients below FP32: {'; '.join(low[:3]) or 'none'}",
         f"call sites of kernels: {kernels or 'none'}",
         f"equal kernels lowered more than once: {'; '.join(found.repeated) or 'none'}",

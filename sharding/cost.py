@@ -6,6 +6,7 @@ part of the figure that is reached in practice. Transfers that nothing waits for
 work; the others, and what the work is too short to hide, are exposed.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -98,9 +99,13 @@ def members_in_node(axes: Sequence[str], mesh: Mapping[str, int], node: int) -> 
     Nodes are runs of `node` neighbours in the order of the mesh, so this counts the members
     whose distance from the first is less than a node.
     """
+    return _members_in_node(tuple(axes), tuple(mesh.get(axis, 1) for axis in AXES), node)
+
+
+@functools.cache
+def _members_in_node(axes: tuple[str, ...], sizes: tuple[int, ...], node: int) -> int:
     members, stride = [0], 1
-    for axis in reversed(AXES):
-        size = mesh.get(axis, 1)
+    for axis, size in zip(reversed(AXES), reversed(sizes), strict=True):
         if axis in axes:
             members = [m + stride * i for m in members for i in range(size)]
         stride *= size

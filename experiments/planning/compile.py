@@ -38,7 +38,8 @@ class Compiled(NamedTuple):
     notes: tuple[str, ...]
     lower_seconds: float
     compile_seconds: float
-    host_gib: float  # most memory of the compiling process
+    cpu_seconds: float  # of the compiling process, all in all
+    host_gib: float  # its most memory
 
 
 def compile_setup(setup: Setup, target: Target, *, limit: float | None = None) -> Compiled:
@@ -47,16 +48,9 @@ def compile_setup(setup: Setup, target: Target, *, limit: float | None = None) -
     Raises:
       ValueError: the child failed; its last line is the message.
     """
-    words = {
-        "run": to_json(setup.run),
-        "cluster": setup.cluster.name,
-        "mesh": dict(setup.mesh),
-        "scheme": dataclasses.asdict(setup.scheme),
-        "target": target,
-    }
     done = subprocess.run(
         [sys.executable, "-m", __name__],
-        input=json.dumps(words),
+        input=json.dumps(words_of(setup, target)),
         env=targets.environment(setup.cluster, target),
         capture_output=True,
         text=True,
@@ -68,6 +62,25 @@ def compile_setup(setup: Setup, target: Target, *, limit: float | None = None) -
     found = compiled_of(json.loads(done.stdout.strip().splitlines()[-1]))
     warned = [line for line in done.stderr.splitlines() if "nvoluntary full remat" in line]
     return found._replace(warnings=tuple(dict.fromkeys(warned)))
+
+
+def words_of(setup: Setup, target: Target) -> dict[str, Any]:
+    """A setup as JSON holds it."""
+    return {
+        "run": to_json(setup.run),
+        "cluster": setup.cluster.name,
+        "mesh": dict(setup.mesh),
+        "scheme": dataclasses.asdict(setup.scheme),
+        "target": target,
+    }
+
+
+def setup_of(words: dict[str, Any]) -> Setup:
+    """The inverse of `words_of`."""
+    return Setup(
+        from_json(Run, words["run"]), cluster(words["cluster"]), words["mesh"],
+        Scheme(**words["scheme"]),
+    )  # fmt: skip
 
 
 def compiled_of(fields: dict[str, Any]) -> Compiled:
@@ -84,11 +97,7 @@ def compiled_of(fields: dict[str, Any]) -> Compiled:
 def main() -> None:
     """The child: stdin to stdout."""
     words = json.loads(sys.stdin.read())
-    setup = Setup(
-        from_json(Run, words["run"]), cluster(words["cluster"]), words["mesh"],
-        Scheme(**words["scheme"]),
-    )  # fmt: skip
-    print(json.dumps(compiled_here(setup, words["target"])._asdict()))
+    print(json.dumps(compiled_here(setup_of(words), words["target"])._asdict()))
 
 
 def compiled_here(setup: Setup, target: Target) -> Compiled:
@@ -114,7 +123,7 @@ def compiled_here(setup: Setup, target: Target) -> Compiled:
     repeated = repeated_kernels(lowered.as_text()) if target == "gpu" else ()
     began = time.perf_counter()
     empty = Compiled(mesh.devices.flat[0].device_kind, None, None, 0, 0, 0, (), {}, repeated, (),
-                     tuple(notes), lowered_in, 0.0, 0.0)
+                     tuple(notes), lowered_in, 0.0, 0.0, 0.0)
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -127,6 +136,7 @@ def compiled_here(setup: Setup, target: Target) -> Compiled:
     # Where the compiler gives no peak of its own: donated buffers are counted once.
     whole = (sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
              + sizes.output_size_in_bytes - sizes.alias_size_in_bytes)  # fmt: skip
+    used = resource.getrusage(resource.RUSAGE_SELF)
     peak = whole if target == "cpu" else max(sizes.peak_memory_in_bytes, 0) or whole
     return empty._replace(
         arguments=int(sizes.argument_size_in_bytes),
@@ -135,7 +145,8 @@ def compiled_here(setup: Setup, target: Target) -> Compiled:
         collectives=found.collectives,
         kernels=dict(found.kernels),
         compile_seconds=compiled_in,
-        host_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        cpu_seconds=used.ru_utime + used.ru_stime,
+        host_gib=used.ru_maxrss / 2**20,
     )
 
 
@@ -145,14 +156,20 @@ def abstract_arguments(setup: Setup, mesh) -> tuple[Any, dict[str, Any]]:
     import numpy as np
 
     from deepseek_jax.training import abstract_state, state_shardings
-    from sharding.rules import BATCH_AXES
-
     place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
     state = jax.tree.map(place, abstract_state(setup.run), state_shardings(setup.run, mesh))
     shape = (setup.accumulation, setup.run.micro_batch, setup.run.seq_len + 1)
-    split = jax.sharding.PartitionSpec(None, BATCH_AXES)
-    where = jax.sharding.NamedSharding(mesh, split)
-    return state, {"tokens": jax.ShapeDtypeStruct(shape, np.int32, sharding=where)}
+    tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(mesh))
+    return state, {"tokens": tokens}
+
+
+def batch_sharding(mesh):
+    """Where a batch [accumulation, B, T + 1] lies."""
+    import jax
+
+    from sharding.rules import BATCH_AXES
+
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, BATCH_AXES))
 
 
 def repeated_kernels(text: str) -> tuple[str, ...]:

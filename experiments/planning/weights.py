@@ -89,16 +89,20 @@ class Weight(NamedTuple):
         return 2.0 * self.size * used
 
 
-def weights(config: ModelConfig, mesh: Mapping[str, int]) -> list[Weight]:
+def weights(config: ModelConfig, mesh: Mapping[str, int]) -> tuple[Weight, ...]:
     """The parameters of a model on a mesh, given by the sizes of its axes."""
-    sizes = {axis: mesh.get(axis, 1) for axis in AXES}
-    found = []
+    return _weights(config, tuple(mesh.get(axis, 1) for axis in AXES))
+
+
+@functools.cache
+def _weights(config: ModelConfig, mesh: tuple[int, ...]) -> tuple[Weight, ...]:
+    sizes, found = dict(zip(AXES, mesh, strict=True)), []
     for name, shape in shapes(config):
         leaf = name.rpartition(".")[2]
         split = lambda table, leaf=leaf, shape=shape: _axes(weight_spec(leaf, shape, table, sizes))
         computed: Table = () if leaf in WHOLE else COMPUTE
         found.append(Weight(name, shape, split(STORE), split(computed)))
-    return found
+    return tuple(found)
 
 
 @functools.cache

@@ -1,0 +1,316 @@
+"""`sweep`: every legal mesh, micro-batch and remat policy of a recipe on a cluster, ranked."""
+
+import csv
+import dataclasses
+import json
+import os
+import statistics
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from deepseek_jax.config import Run
+from experiments.planning import targets
+from experiments.planning.choose import REACHED, Candidate, candidates, prediction
+from experiments.planning.compare import compared
+from experiments.planning.compile import compile_setup
+from experiments.planning.fit import fit, is_fitted
+from experiments.planning.measure import measure, spearman
+from experiments.planning.picture import Point, draw
+from experiments.planning.setup import Setup, mesh_name
+from experiments.recipes import recipe
+from experiments.tables import print_table, write_json
+from sharding.hardware import Cluster, cluster
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class SweepArgs:
+    """Cost all meshes of a recipe on a cluster, compile the best, rank them, draw them.
+
+    Results lie in a folder and are taken up again when the sweep is run once more.
+    """
+
+    recipe: Annotated[str, tyro.conf.Positional] = "deepseek_v3"
+    """Name of the recipe."""
+    cluster: str = "h200x2048"
+    """ACCELERATORxDEVICES: h800, h100, h200, gb200, v5p, v6e, tpu7x or cpu."""
+    best: int = 20
+    """How many to compile: the fastest of each mesh first, then the next."""
+    measure: bool = False
+    """Run those on the devices of this machine too."""
+    out: Path | None = None
+    """The folder; sweeps/RECIPE-CLUSTER by default."""
+    json: Path | None = None
+    """Also write the rows to this file."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setup; bytes are on one device, seconds are of a step."""
+
+    rank: int
+    data: int
+    fsdp: int
+    expert: int
+    tensor: int
+    sequences: int  # of a device in a micro-batch
+    accumulation: int
+    remat: str
+    seconds: float
+    exposed: float  # communication that work does not hide
+    bytes: float
+    fits: bool
+    front: bool  # no other setup needs less memory and less time
+    compiled_bytes: int | None = None
+    compiled_sent: float | None = None
+    refused: str | None = None
+    measured: float | None = None  # median
+
+    @property
+    def mesh(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in ("data", "fsdp", "expert", "tensor")}
+
+    @property
+    def name(self) -> str:
+        return f"{mesh_name(self.mesh)}, {self.sequences} a micro-batch, remat {self.remat}"
+
+
+def sweep_command(args: SweepArgs) -> None:
+    """Prints the best rows and says where everything lies."""
+    out = args.out or Path("sweeps") / f"{args.recipe}-{args.cluster}"
+    run, where = recipe(args.recipe)(None), cluster(args.cluster)
+    rows = sweep(run, where, best=args.best, measured=args.measure, out=out, say=print)
+    shown = [r for r in rows if r.compiled_bytes or r.measured or r.refused] or rows[: args.best]
+    print_table([readable(row) for row in shown], title=f"{args.recipe} on {where.name}")
+    chosen = [row for row in rows if row.fits]
+    if chosen:
+        print(explanation(run, where, chosen[0]))
+    print(f"{len(rows)} setups, {len({mesh_name(r.mesh) for r in rows})} meshes; table.csv, "
+          f"table.json and picture.png are in {out}")  # fmt: skip
+    if args.json is not None:
+        write_json(args.json, [dataclasses.asdict(row) for row in rows])
+
+
+def sweep(
+    run: Run | str,
+    where: Cluster | str,
+    *,
+    best: int = 0,
+    measured: bool = False,
+    out: Path | None = None,
+    say=lambda line: None,
+) -> list[Row]:
+    """All legal setups as rows, those that fit first, the fastest first.
+
+    Args:
+      run: a run, or the name of a recipe.
+      where: a cluster, or its name.
+      best: how many to compile for the cluster's own compiler, where it is installed.
+      measured: also run those on this machine's devices.
+      out: a folder for the table, the picture, and what was compiled and measured so far.
+    """
+    run = recipe(run)(None) if isinstance(run, str) else run
+    where = cluster(where) if isinstance(where, str) else where
+    found = candidates(run, where)
+    notes = Notes(out)
+    chosen = shortlist(found, best)
+    say(f"{len(found)} setups costed, {sum(c.fits for c in found)} fit by formula")
+    if chosen:
+        compile_all(chosen, notes, say)
+    if measured:
+        for index, c in enumerate(chosen):
+            if notes.get("measured", c.setup) is None:
+                seconds = measure(c.setup)
+                notes.add("measured", c.setup, {"seconds": seconds})
+                say(f"  measured {index + 1}/{len(chosen)} {c.setup.name}: "
+                    f"{statistics.median(seconds):.3f} s")  # fmt: skip
+        found = recosted(found, chosen, notes, say)
+    rows = table(found, notes)
+    if out is not None:
+        write(rows, out, title=f"{len(rows)} setups of a train step on {where.name}", where=where)
+    return rows
+
+
+def shortlist(found: Sequence[Candidate], best: int) -> list[Candidate]:
+    """The fastest of each mesh, and where meshes are few, the next ones."""
+    first: dict[str, Candidate] = {}
+    for c in found:
+        if c.fits:
+            first.setdefault(mesh_name(c.setup.mesh), c)
+    chosen = list(first.values())[:best]
+    rest = [c for c in found if c.fits and c not in chosen]
+    return chosen + rest[: best - len(chosen)]
+
+
+def compile_all(chosen: Sequence[Candidate], notes: "Notes", say) -> None:
+    """Compiles those that have not been, on all cores; a failure is noted, not raised."""
+    target = chosen[0].setup.cluster.accelerator.platform
+    reason = targets.missing(target)
+    if reason is not None:
+        say(f"  nothing is compiled: {reason}")
+        return
+    todo = [c for c in chosen if notes.get("compiled", c.setup) is None]
+
+    def one(c: Candidate) -> None:
+        found = compile_setup(c.setup, target)
+        sent = sum(t.compiled for t in compared(c.setup, found.collectives))
+        notes.add("compiled", c.setup, {
+            "bytes": found.peak, "sent": sent, "refused": found.refused,
+            "seconds": found.compile_seconds, "warnings": list(found.warnings),
+        })  # fmt: skip
+        say(f"  compiled {c.setup.name}: {found.peak / GIB:.1f} GiB, "
+            f"{found.compile_seconds:.0f} s")  # fmt: skip
+
+    with ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) // 2)) as pool:
+        list(pool.map(one, todo))
+
+
+def recosted(found: list[Candidate], chosen, notes: "Notes", say) -> list[Candidate]:
+    """Predictions with constants fitted on the meshes that are named for it, and how they rank."""
+    times = {c.setup.name: statistics.median(notes.get("measured", c.setup)["seconds"])
+             for c in chosen}  # fmt: skip
+    basis = [c for c in chosen if is_fitted(c.setup.mesh)]
+    reached = REACHED[chosen[0].setup.cluster.accelerator.platform]
+    if len(basis) >= 5:
+        reached = fit([c.setup for c in basis], [times[c.setup.name] for c in basis])
+        say(f"  constants fitted on {len(basis)} meshes: {reached}")
+    judged = [c for c in chosen if c not in basis] if len(basis) >= 5 else chosen
+    if len(judged) > 2:
+        predicted = [prediction(c.setup, reached).seconds for c in judged]
+        rank = spearman(predicted, [times[c.setup.name] for c in judged])
+        say(f"  Spearman's rank correlation over {len(judged)} others: {rank:.3f}")
+    again = []
+    for c in found:
+        expected = prediction(c.setup, reached)
+        again.append(c._replace(seconds=expected.seconds, exposed=expected.exposed))
+    return sorted(again, key=lambda c: (not c.fits, c.seconds))
+
+
+def table(found: Iterable[Candidate], notes: "Notes") -> list[Row]:
+    """Rows in order; the Pareto front is that of the setups that fit."""
+    rows, least = [], float("inf")
+    for rank, c in enumerate(found, start=1):
+        front = c.fits and c.bytes < least
+        least = min(least, c.bytes) if c.fits else least
+        compiled = notes.get("compiled", c.setup) or {}
+        timed = notes.get("measured", c.setup)
+        rows.append(Row(
+            rank=rank, **c.setup.mesh, sequences=c.setup.sequences,
+            accumulation=c.setup.accumulation, remat=c.setup.run.remat, seconds=c.seconds,
+            exposed=c.exposed, bytes=c.bytes, fits=c.fits, front=front,
+            compiled_bytes=compiled.get("bytes") or None, compiled_sent=compiled.get("sent"),
+            refused=compiled.get("refused"),
+            measured=statistics.median(timed["seconds"]) if timed else None,
+        ))  # fmt: skip
+    return rows
+
+
+class Notes:
+    """What was compiled and measured, kept in a folder so that a stopped sweep goes on."""
+
+    def __init__(self, folder: Path | None):
+        self._path = None if folder is None else folder / "notes.jsonl"
+        self._found: dict[tuple[str, str], dict] = {}
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            lines = self._path.read_text().splitlines() if self._path.exists() else ()
+            for line in lines:
+                kind, name, value = json.loads(line)
+                self._found[kind, name] = value
+
+    def get(self, kind: str, setup: Setup) -> dict | None:
+        return self._found.get((kind, key(setup)))
+
+    def add(self, kind: str, setup: Setup, value: dict) -> None:
+        self._found[kind, key(setup)] = value
+        if self._path is not None:
+            with open(self._path, "a") as file:
+                file.write(json.dumps([kind, key(setup), value]) + "\n")
+
+
+def key(setup: Setup) -> str:
+    """A setup in one line that changes with anything that its program depends on."""
+    return f"{setup.cluster.name} {setup.name} {setup.run} {setup.scheme}"
+
+
+def write(rows: Sequence[Row], out: Path, *, title: str, where: Cluster) -> None:
+    """table.csv, table.json, picture.png."""
+    with open(out / "table.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in dataclasses.fields(Row)])
+        writer.writeheader()
+        writer.writerows(dataclasses.asdict(row) for row in rows)
+    write_json(out / "table.json", [dataclasses.asdict(row) for row in rows])
+    points = [
+        Point(r.bytes / GIB, r.seconds, r.fits, r.front,
+              r.compiled_bytes / GIB if r.compiled_bytes else None, r.name)
+        for r in rows
+    ]  # fmt: skip
+    draw(points, out / "picture.png", title=title, memory_gib=where.accelerator.memory / GIB)
+
+
+def readable(row: Row) -> dict:
+    """A row of the printed table."""
+    return {
+        "rank": row.rank, "mesh": mesh_name(row.mesh), "sequences": row.sequences,
+        "accumulation": row.accumulation, "remat": row.remat, "s predicted": row.seconds,
+        "s exposed": row.exposed, "s measured": row.measured, "GiB formula": row.bytes / GIB,
+        "GiB compiled": row.compiled_bytes / GIB if row.compiled_bytes else None,
+        "front": row.front, "refused": row.refused and row.refused[:60],
+    }  # fmt: skip
+
+
+def explanation(run: Run, where: Cluster, best: Row) -> str:
+    """Why the best setup is the best: what its step waits for, and what the neighbours lose."""
+    found = {c.setup.name: c for c in candidates(run, where)}
+    chosen = next(
+        c for c in found.values() if c.setup.mesh == best.mesh
+        and (c.setup.sequences, c.setup.run.remat) == (best.sequences, best.remat)
+    )  # fmt: skip
+    expected = prediction(chosen.setup)
+    work = max(expected.work_by_part.items(), key=lambda item: item[1])
+    lines = [
+        f"The best shape is {best.name}: {best.seconds:.3g} s a step, of which work takes "
+        f"{expected.work:.3g} s (most of it {work[0]}, {work[1]:.3g} s) and communication that "
+        f"work does not hide {expected.exposed:.3g} s."
+    ]
+    sent = sorted(expected.communication_by_part.items(), key=lambda item: -item[1])[:3]
+    if sent:
+        parts = ", ".join(f"{part} {seconds:.3g} s" for part, seconds in sent)
+        lines.append(f"It sends most for {parts}.")
+    for what, changed in neighbours(chosen, list(found.values())):
+        verb = "does not fit" if not changed.fits else f"takes {changed.seconds:.3g} s"
+        lines.append(f"With {what} it {verb} ({changed.bytes / GIB:.0f} GiB).")
+    has = where.accelerator.memory / GIB
+    lines.append(f"It needs about {best.bytes / GIB:.0f} of {has:.0f} GiB.")
+    return " ".join(lines)
+
+
+def neighbours(chosen: Candidate, found: Sequence[Candidate]) -> list[tuple[str, Candidate]]:
+    """The setups that differ from a chosen one in one choice, the best of each choice."""
+    same = lambda c, *names: all(
+        getattr(c.setup, n, getattr(c.setup.run, n, None))
+        == getattr(chosen.setup, n, getattr(chosen.setup.run, n, None)) for n in names
+    )  # fmt: skip
+    remat = lambda c: c.setup.run.remat == chosen.setup.run.remat
+    choices = (
+        ("another micro-batch", lambda c: same(c, "mesh") and remat(c)),
+        ("another remat policy", lambda c: same(c, "mesh", "sequences")),
+        ("another expert axis", lambda c: same(c, "sequences") and remat(c)
+         and c.setup.mesh["tensor"] == chosen.setup.mesh["tensor"]
+         and c.setup.mesh["expert"] != chosen.setup.mesh["expert"]),
+        ("another tensor axis", lambda c: c.setup.mesh["tensor"] != chosen.setup.mesh["tensor"]),
+    )  # fmt: skip
+    nearest = []
+    for what, alike in choices:
+        others = [c for c in found if c is not chosen and alike(c)]
+        if others:
+            other = min(others, key=lambda c: (not c.fits, c.seconds))
+            setup = other.setup
+            nearest.append((f"{what} ({setup.name.replace(' zero=3', '')})", other))
+    return nearest
