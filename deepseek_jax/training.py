@@ -166,8 +166,10 @@ def make_train_step(
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
     shardings = state_shardings(run, mesh)
+    # Metrics are whole everywhere, so that every host can read them.
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     return jax.jit(
-        step, donate_argnums=0, in_shardings=(shardings, None), out_shardings=(shardings, None)
+        step, donate_argnums=0, in_shardings=(shardings, None), out_shardings=(shardings, whole)
     )
 
 

@@ -13,6 +13,7 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 import tyro
+from jax.sharding import Mesh
 
 from deepseek_jax.checkpoint import Checkpoints
 from deepseek_jax.config import Run
@@ -29,12 +30,13 @@ from experiments.data import (
     open_shards,
     tokenize,
 )
+from experiments.devices import MeshArgs, devices_of
 from experiments.run_directory import RunDirectory
 from experiments.tables import print_table
 
 
 @dataclass(frozen=True)
-class EvalArgs:
+class EvalArgs(MeshArgs):
     """Bits per byte of a run's model on its validation text, or on other text."""
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -52,20 +54,23 @@ class EvalArgs:
 def evaluate(args: EvalArgs) -> None:
     """Scores text with a checkpoint and prints the figures."""
     directory = RunDirectory(args.run)
-    run, state = load_run(directory, step=args.step)
-    with scored_split(directory, args.data) as (split, shards):
+    devices = devices_of(args, directory.read_run())
+    run, state = load_run(directory, step=args.step, mesh=devices.mesh)
+    with devices.scope(), scored_split(directory, args.data) as (split, shards):
         row = score(run, state, shards, split, batch_size=args.batch_size)
     print_table([row], title=f"{args.run}, step {int(state.step)}", json_path=args.json)
 
 
-def load_run(directory: RunDirectory, *, step: int | None = None) -> tuple[Run, TrainState]:
+def load_run(
+    directory: RunDirectory, *, step: int | None = None, mesh: Mesh | None = None
+) -> tuple[Run, TrainState]:
     """The Run of a directory and the state of a checkpoint of it."""
     run = directory.read_run()
     if not directory.checkpoints.is_dir():
         raise ValueError(f"{directory.path} has no checkpoint yet: train it with launch --resume")
     checkpoints = Checkpoints(directory.checkpoints, keep=None)
     try:
-        return run, checkpoints.restore(run, step=step)
+        return run, checkpoints.restore(run, mesh, step=step)
     finally:
         checkpoints.close()
 

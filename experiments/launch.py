@@ -25,6 +25,7 @@ from deepseek_jax.training import TrainState
 from experiments.command_line import program
 from experiments.data import TokenShards, is_shards, prepare, text_bytes
 from experiments.data.tokenizer import Tokenizer
+from experiments.devices import Devices, MeshArgs, devices_of
 from experiments.display import TrainingDisplay, duration
 from experiments.eval import compressors, recorded_shards, score, trained_model
 from experiments.recipes import recipe
@@ -36,7 +37,7 @@ SAMPLE_TOKENS = 160
 
 
 @dataclass(frozen=True)
-class LaunchArgs:
+class LaunchArgs(MeshArgs):
     """Train a recipe. Without one, `tiny` learns the Python standard library in minutes.
 
     The run's directory holds its configuration, metrics, checkpoints, tokenizer, a summary and
@@ -70,10 +71,11 @@ class LaunchArgs:
 def launch(args: LaunchArgs) -> None:
     """Prepares data, trains, scores the validation text, samples and writes the report."""
     run, name, directory = plan(args)
+    devices = devices_of(args, run, batch=run.micro_batch)
     shards = training_tokens(run, directory, resume=args.resume)
     source = batch_source(run, shards)
     checkpoints = Checkpoints(directory.checkpoints, keep=run.keep_checkpoints)
-    state = first_state(run, checkpoints)
+    state = first_state(run, checkpoints, devices.mesh)
     check_profile(args.profile, begin=int(state.step), steps=run.steps)
     record = describe(args, run, name, directory, shards)
     if not args.resume and shards.tokenizer_file is not None:
@@ -88,9 +90,10 @@ def launch(args: LaunchArgs) -> None:
             checkpoints,
             source,
             display,
+            devices,
             record=record,
             bytes_per_token=shards.train.num_bytes / shards.train.num_tokens,
-            header=header(run, name, record, shards),
+            header=header(run, name, record, shards, devices),
             profile=args.profile,
         )
     except Stopped as stopped:
@@ -101,7 +104,8 @@ def launch(args: LaunchArgs) -> None:
         # The report of what there is, so that an interrupted run can be looked at.
         write_report_if_possible(directory)
         raise SystemExit(128 + stopped.signum) from None
-    finish(args, run, directory, shards, state, seconds=time.perf_counter() - began)
+    with devices.scope():
+        finish(args, run, directory, shards, state, seconds=time.perf_counter() - began)
 
 
 def plan(args: LaunchArgs) -> tuple[Run, str, RunDirectory]:
@@ -250,18 +254,19 @@ def describe(
     }
 
 
-def header(run: Run, name: str, record, shards: TokenShards) -> list[tuple[str, Any]]:
+def header(
+    run: Run, name: str, record, shards: TokenShards, devices: Devices
+) -> list[tuple[str, Any]]:
     """What the run is about to do, before it does it."""
     counts = record["parameters"]
     sequences = [run.accumulation_at(t) * run.micro_batch for t in (0, int(run.batch_size.length))]
     per_step = " to ".join(f"{n * run.seq_len:,}" for n in dict.fromkeys(sequences))
-    device = jax.devices()[0]
     seen = run.position_at(run.steps) * run.seq_len / max(shards.train.num_tokens, 1)
     return [
         ("recipe", name),
         ("model", model_summary(run.config)),
         ("parameters", f"{counts['total']:,} in all, {counts['active']:,} active per token"),
-        ("device", f"1 x {device.device_kind} ({device.platform}), no mesh"),
+        ("device", str(devices)),
         ("precision", ", ".join(f"{k} {v}" for k, v in to_json(run.precision).items())),
         ("data", f"{shards.train.num_documents:,} documents, {shards.train.num_bytes / 1e6:.1f} "
                  f"MB, {shards.train.num_tokens:,} tokens; {seen:.1f} passes"),

@@ -10,13 +10,14 @@ import numpy as np
 import tyro
 
 from deepseek_jax.generate import check_prompt, stream
+from experiments.devices import MeshArgs, devices_of
 from experiments.eval import load_run, run_tokenizer, trained_model
 from experiments.run_directory import RunDirectory
 from experiments.tables import write_json
 
 
 @dataclass(frozen=True)
-class SampleArgs:
+class SampleArgs(MeshArgs):
     """Continue a prompt with a run's model, token by token."""
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -38,7 +39,8 @@ class SampleArgs:
 def sample(args: SampleArgs) -> None:
     """Prints the prompt and its continuation as it is made."""
     directory = RunDirectory(args.run)
-    run, state = load_run(directory, step=args.step)
+    devices = devices_of(args, directory.read_run())
+    run, state = load_run(directory, step=args.step, mesh=devices.mesh)
     tokenizer = run_tokenizer(directory)
     tokens = [int(t) for t in tokenizer.encode(args.prompt)] or [tokenizer.eos]
     prompt_BT, key = np.asarray([tokens], np.int32), jax.random.key(args.seed)
@@ -49,22 +51,23 @@ def sample(args: SampleArgs) -> None:
     new: list[int] = []
     shown = ""
     sys.stdout.write(args.prompt)
-    for token_B in stream(
-        trained_model(run, state),
-        prompt_BT,
-        max_new_tokens=max_new_tokens,
-        temperature=args.temperature,
-        key=key,
-    ):
-        if int(token_B[0]) == tokenizer.eos:
-            break
-        new.append(int(token_B[0]))
-        # A character may take several tokens: show only what can no longer change.
-        text = tokenizer.decode(new)
-        if not text.endswith("\ufffd"):
-            sys.stdout.write(text[len(shown) :])
-            sys.stdout.flush()
-            shown = text
+    with devices.scope():
+        for token_B in stream(
+            trained_model(run, state),
+            prompt_BT,
+            max_new_tokens=max_new_tokens,
+            temperature=args.temperature,
+            key=key,
+        ):
+            if int(token_B[0]) == tokenizer.eos:
+                break
+            new.append(int(token_B[0]))
+            # A character may take several tokens: show only what can no longer change.
+            text = tokenizer.decode(new)
+            if not text.endswith("\ufffd"):
+                sys.stdout.write(text[len(shown) :])
+                sys.stdout.flush()
+                shown = text
     print(tokenizer.decode(new)[len(shown) :])
     if args.json is not None:
         write_json(args.json, {"prompt": args.prompt, "text": tokenizer.decode(new),

@@ -4,12 +4,14 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from deepseek_jax.checkpoint import Checkpoints
 from deepseek_jax.config import ModelConfig, Run
@@ -17,6 +19,7 @@ from deepseek_jax.counts import train_flops_per_token
 from deepseek_jax.training import TrainState, init_state, make_train_step, parameter_names
 from experiments.data.batches import BatchSource, prefetch
 from experiments.data.shards import TokenShards
+from experiments.devices import ONE_DEVICE, Devices, place_batch
 from experiments.display import TrainingDisplay
 from experiments.run_directory import MetricsLog, RunDirectory
 from sharding.hardware import peak_flops
@@ -33,15 +36,15 @@ class Stopped(Exception):
         self.signum, self.step = signum, step
 
 
-def first_state(run: Run, checkpoints: Checkpoints) -> TrainState:
+def first_state(run: Run, checkpoints: Checkpoints, mesh: Mesh | None = None) -> TrainState:
     """The state of the last complete checkpoint, or that of the start."""
     if checkpoints.latest is None:
-        return init_state(run)
+        return init_state(run, mesh)
     if checkpoints.latest > run.steps:
         raise ValueError(
             f"--steps {run.steps} must be at least the {checkpoints.latest} steps already done"
         )
-    return checkpoints.restore(run)
+    return checkpoints.restore(run, mesh)
 
 
 def train(
@@ -51,6 +54,7 @@ def train(
     checkpoints: Checkpoints,
     source: BatchSource,
     display: TrainingDisplay,
+    devices: Devices,
     *,
     record: dict[str, Any],
     bytes_per_token: float,
@@ -75,9 +79,10 @@ def train(
             display.say(f"all {run.steps} steps are done")
             return state
         names = parameter_names(state.params)
-        batches = prefetch(lambda plan: make_batch(run, source, *plan), plan_batches(run, begin))
+        make = lambda plan: make_batch(run, source, *plan, devices.mesh)
+        batches = prefetch(make, plan_batches(run, begin))
         stack.callback(batches.close)
-        step_of = CompiledSteps(run, state)
+        step_of = CompiledSteps(run, state, devices, display.say)
         first = next(batches)
         memory = step_of.memory(first)
         directory.write_config(record)
@@ -136,30 +141,51 @@ def plan_batches(run: Run, begin: int) -> Iterator[tuple[int, int]]:
 
 
 def make_batch(
-    run: Run, source: BatchSource, position: int, accumulation: int
-) -> dict[str, np.ndarray]:
+    run: Run, source: BatchSource, position: int, accumulation: int, mesh: Mesh | None = None
+) -> dict[str, np.ndarray | jax.Array]:
     """The batch of a step, [accumulation, B, T + 1]; sequences are taken in order."""
-    sequences = source.sequences(position, accumulation * run.micro_batch)
     shape = (accumulation, run.micro_batch, run.seq_len + 1)
-    return {name: array.reshape(shape) for name, array in sequences.items()}
+    return place_batch(
+        lambda first, count: source.sequences(position + first, count), shape, mesh
+    )
 
 
 class CompiledSteps:
-    """The train step, compiled once for each number of micro-batches."""
+    """The train step, compiled once for each number of micro-batches and each room of dispatch."""
 
-    def __init__(self, run: Run, state: TrainState):
-        self._step = make_train_step(run)
+    def __init__(
+        self,
+        run: Run,
+        state: TrainState,
+        devices: Devices = ONE_DEVICE,
+        say: Callable[[str], None] = print,
+    ):
+        self._run, self._mesh, self._scheme, self._say = run, *devices, say
         self._state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
-        self._compiled: dict[tuple[int, ...], Any] = {}
+        self._compiled: dict[tuple, Any] = {}
 
     def _for(self, batch):
-        shape = batch["tokens"].shape
-        if shape not in self._compiled:
-            self._compiled[shape] = self._step.lower(self._state, batch).compile()
-        return self._compiled[shape]
+        key = (batch["tokens"].shape, self._scheme.room)
+        if key not in self._compiled:
+            step = make_train_step(self._run, self._mesh, self._scheme)
+            self._compiled[key] = step.lower(self._state, batch).compile()
+        return self._compiled[key]
 
     def __call__(self, state: TrainState, batch):
-        return self._for(batch)(state, batch)
+        """The state and metrics after a step. One that lost tokens is done again with more room.
+
+        Only bounded buffers are asked whether they sufficed: the answer is waited for.
+        """
+        state, metrics = self._for(batch)(state, batch)
+        while self._scheme.room is not None and (lost := int(metrics["lost"])):
+            room = 2.0 ** (math.floor(math.log2(self._scheme.room)) + 1)
+            self._say(
+                f"dispatch had no room for {lost:,} choices of experts: the same batch runs again "
+                f"with buffers for {room:g} times an even load instead of {self._scheme.room:g}"
+            )
+            self._scheme = replace(self._scheme, room=room)
+            state, metrics = self._for(batch)(state, batch)
+        return state, metrics
 
     def memory(self, batch) -> int:
         """Bytes of device memory that the step needs: its state, batch and intermediate values."""

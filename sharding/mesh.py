@@ -1,7 +1,7 @@
 """The mesh axes of the project, and how a mesh is made from devices."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -38,3 +38,23 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh
     return Mesh(
         np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES)
     )
+
+
+def expert_nodes(sizes: Mapping[str, int], devices_per_node: int) -> int:
+    """Nodes that the expert axis of a mesh spans, whose neighbouring devices share a node.
+
+    Raises:
+      ValueError: nodes begin and end inside what belongs together.
+    """
+    tensor, expert = sizes["tensor"], sizes["expert"]
+    if expert * tensor <= devices_per_node:
+        whole, nodes = devices_per_node % (expert * tensor) == 0, 1
+    else:
+        whole = devices_per_node % tensor == 0 and expert * tensor % devices_per_node == 0
+        nodes = expert * tensor // devices_per_node
+    if math.prod(sizes.values()) > devices_per_node and not whole:
+        raise ValueError(
+            f"nodes of {devices_per_node} devices cut the mesh's expert={expert} x "
+            f"tensor={tensor}: one must divide the other (--devices-per-node)"
+        )
+    return nodes if whole else 1

@@ -4,9 +4,10 @@ Model code is written for one device. It says `shard(x_BTD, "BTD")` at few place
 is or will be a kernel in `local`; without a mesh both do nothing.
 """
 
+import contextlib
 import contextvars
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,6 +56,20 @@ def current_mesh() -> AbstractMesh | None:
     return None if mesh.empty else mesh
 
 
+@contextlib.contextmanager
+def scope(mesh: jax.sharding.Mesh | None, scheme: Scheme | None = None) -> Iterator[None]:
+    """Computations traced inside are for `mesh`, used as `scheme` says; None is a single device."""
+    token = _scheme.set(scheme)
+    try:
+        if mesh is None:
+            yield
+        else:
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                yield
+    finally:
+        _scheme.reset(token)
+
+
 def under_mesh(
     fn: Callable, mesh: jax.sharding.Mesh | None, scheme: Scheme | None = None
 ) -> Callable:
@@ -64,12 +79,8 @@ def under_mesh(
 
     @functools.wraps(fn)
     def traced(*args, **kwargs):
-        token = _scheme.set(scheme)
-        try:
-            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                return fn(*args, **kwargs)
-        finally:
-            _scheme.reset(token)
+        with scope(mesh, scheme):
+            return fn(*args, **kwargs)
 
     return traced
 

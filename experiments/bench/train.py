@@ -15,6 +15,7 @@ from deepseek_jax.config import Precision, Run, Schedule
 from deepseek_jax.counts import param_counts, train_flops_per_token
 from deepseek_jax.training import init_state, make_train_step
 from experiments.bench.kernels import kernel_table
+from experiments.devices import MeshArgs, devices_of
 from experiments.recipes import recipe
 from experiments.tables import print_table
 from experiments.train import planned_bytes
@@ -22,7 +23,7 @@ from sharding.hardware import peak_flops
 
 
 @dataclass(frozen=True)
-class BenchTrainArgs:
+class BenchTrainArgs(MeshArgs):
     """Time the train step of a recipe: the model, its backward pass and the optimizer."""
 
     recipe: Annotated[str, tyro.conf.Positional] = "peer"
@@ -46,10 +47,11 @@ class BenchTrainArgs:
 def bench_train(args: BenchTrainArgs) -> None:
     """Compiles the step, times it and prints one row."""
     run = benchmark_run(args)
+    devices = devices_of(args, run, batch=run.micro_batch)
     batch = random_batch(run)
-    state = init_state(run)
+    state = init_state(run, devices.mesh)
     began = time.perf_counter()
-    step = make_train_step(run).lower(state, batch).compile()
+    step = make_train_step(run, *devices).lower(state, batch).compile()
     compiled_in = time.perf_counter() - began
     for _ in range(2):
         state, metrics = step(state, batch)
@@ -60,7 +62,9 @@ def bench_train(args: BenchTrainArgs) -> None:
         state, metrics = step(state, batch)
         jax.block_until_ready(state)
         seconds.append(time.perf_counter() - began)
-    row = figures(run, statistics.median(seconds), compiled_in, planned_bytes(step))
+    if int(metrics["lost"]):
+        raise ValueError(f"dispatch had no room at {devices.scheme.room:g} times an even load")
+    row = {"mesh": str(devices)} | figures(run, statistics.median(seconds), compiled_in, planned_bytes(step))
     row["loss"] = float(metrics["loss"])
     print_table([row], title=f"bench train {args.recipe}", json_path=args.json)
     if args.profile:

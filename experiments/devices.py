@@ -1,0 +1,131 @@
+"""The devices that a command runs on: its mesh, and how the mesh is used."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from deepseek_jax.config import Run
+from experiments.planning.setup import mesh_name, mesh_of, meshes, refusal
+from sharding.mesh import expert_nodes, make_mesh
+from sharding.placement import Scheme, scope
+from sharding.rules import ACTIVATIONS, BATCH_AXES, spec
+
+# Rows in the buffers of dispatch at first, over those of an even load.
+ROOM = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshArgs:
+    """What the command line says of devices."""
+
+    mesh: str | None = None
+    """Sizes of axes: data=4,expert=8. An axis data that is not named takes the rest."""
+    zero: Literal[1, 3] = 3
+    """3: weights are gathered layer by layer; 1: over fsdp and expert once a step."""
+    devices_per_node: int | None = None
+    """Devices that fast links join; by default those of a host."""
+
+
+class Devices(NamedTuple):
+    """A mesh, None for a single device, and how it is used."""
+
+    mesh: Mesh | None
+    scheme: Scheme
+
+    def scope(self):
+        """Programs traced inside run on the mesh."""
+        return scope(self.mesh, self.scheme)
+
+    def __str__(self) -> str:
+        first = jax.devices()[0]
+        count = self.mesh.size if self.mesh is not None else 1
+        kind = f"{count} x {first.device_kind} ({first.platform})"
+        if self.mesh is None:
+            return f"{kind}, no mesh"
+        nodes = f", expert over {self.scheme.expert_nodes} nodes"
+        return (f"{kind}, {mesh_name(self.mesh.shape)}, zero {self.scheme.zero}"
+                + nodes * (self.scheme.expert_nodes > 1))
+
+
+ONE_DEVICE = Devices(None, Scheme())
+
+
+def devices_of(args: MeshArgs, run: Run, *, batch: int | None = None) -> Devices:
+    """The devices that the command line asks for, checked against the run.
+
+    Without --mesh all accelerators are used, and of a CPU, whose devices share its cores, one in
+    each process.
+
+    Args:
+      batch: sequences of a micro-batch to train on; only forward passes run without one.
+    """
+    count = jax.device_count()
+    if args.mesh is None:
+        if count == 1 or (jax.default_backend() == "cpu" and jax.process_count() == 1):
+            return ONE_DEVICE
+        sizes = default_sizes(run, count, batch, args.devices_per_node or jax.local_device_count())
+    else:
+        sizes = mesh_of(args.mesh, count)
+    reason = refusal(run, sizes)
+    if reason is not None:
+        raise ValueError(f"mesh {mesh_name(sizes)}: {reason}")
+    ways = math.prod(sizes[axis] for axis in BATCH_AXES)
+    if batch is not None and batch % ways:
+        raise ValueError(
+            f"mesh {mesh_name(sizes)} splits a batch over {ways} devices, which must divide "
+            f"micro_batch={batch}"
+        )
+    nodes = expert_nodes(sizes, args.devices_per_node or jax.local_device_count())
+    room = ROOM if batch is not None and sizes["expert"] > 1 else None
+    return Devices(make_mesh(**sizes), Scheme(zero=args.zero, expert_nodes=nodes, room=room))
+
+
+def default_sizes(run: Run, count: int, batch: int | None, per_node: int) -> Mapping[str, int]:
+    """The batch over as many devices as it allows, experts over those of a node, no replicas."""
+    legal = [
+        sizes for sizes in meshes(run, count)
+        if (batch or 0) % math.prod(sizes[axis] for axis in BATCH_AXES) == 0
+        and sizes["expert"] * sizes["tensor"] <= per_node
+    ]
+    if not legal:
+        raise ValueError(
+            f"no mesh of {count} devices divides micro_batch={batch} and the model: use "
+            f"--set micro_batch={count}, or fewer devices"
+        )
+    return min(legal, key=lambda sizes: (sizes["tensor"], -sizes["expert"], sizes["data"]))
+
+
+def place_batch(
+    read: Callable[[int, int], dict[str, np.ndarray]],
+    shape: tuple[int, int, int],
+    mesh: Mesh | None,
+) -> dict[str, np.ndarray | jax.Array]:
+    """A batch [accumulation, B, S] whose sequences this process reads only as its devices ask.
+
+    `read(first, count)` gives sequences of the batch, counted through its micro-batches.
+    """
+    accumulation, B, _ = shape
+    if mesh is None:
+        whole = read(0, accumulation * B)
+        return {name: array.reshape(shape) for name, array in whole.items()}
+    split = spec("BS", shape[1:], ACTIVATIONS, mesh.shape)
+    where = NamedSharding(mesh, PartitionSpec(None, *split))
+    wanted = where.addressable_devices_indices_map(shape)
+    rows = {(index[1].start or 0, index[1].stop or B) for index in wanted.values()}
+    pieces: dict[tuple[int, int], dict[str, np.ndarray]] = {}
+    for begin, end in rows:
+        parts = [read(a * B + begin, end - begin) for a in range(accumulation)]
+        pieces[begin, end] = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+    names = next(iter(pieces.values()))
+    return {
+        name: jax.make_array_from_callback(
+            shape, where,
+            lambda index, name=name: pieces[index[1].start or 0, index[1].stop or B][name],
+        )
+        for name in names
+    }
