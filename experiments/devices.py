@@ -10,13 +10,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.config import Run
-from experiments.planning.setup import mesh_name, mesh_of, meshes, refusal
+from experiments.planning.setup import ROOM, mesh_name, mesh_of, meshes, refusal
 from sharding.mesh import expert_nodes, make_mesh
 from sharding.placement import Scheme, scope
 from sharding.rules import ACTIVATIONS, BATCH_AXES, spec
-
-# Rows in the buffers of dispatch at first, over those of an even load.
-ROOM = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,21 +64,25 @@ def memory(setup: Setup) -> Memory:
     # While micro-batches are added up there is a sum beside the gradient of the next.
     gradients = stored * (2 if setup.accumulation > 1 else 1)
     size, layers = itemsize(setup), run.config.num_layers + run.config.num_mtp
-    kept = setup.tokens * layers * size * kept_elements(setup, run.remat)
+    tokens = setup.tokens / mesh["tensor"]
+    kept = tokens * layers * size * kept_elements(setup, run.remat)
     layer = [w for w in weights(run.config, mesh) if w.name.startswith("moe.")]
     # Weights of two layers, one of them on its way, and the FP32 gradients of the largest two.
     whole = sorted(w.size / w.layers / shards(w.computed, mesh) for w in layer)
     at_work = 2 * sum(whole) * size + 4 * sum(whole[-2:])
-    largest = kept_elements(setup, "none") * 2.5 * setup.tokens * size
+    largest = kept_elements(setup, "none") * 2.5 * tokens * size
     return Memory(stored, optimizer_bytes(run, mesh), gradients, kept, at_work + largest)
 
 
 def kept_elements(setup: Setup, remat: str) -> float:
-    """Elements that a MoE layer keeps of each token for the backward pass: block.REMAT."""
-    config, tensor = setup.run.config, setup.mesh["tensor"]
-    N, D, A = config.num_heads / tensor, config.model_dim, config.query_key_dim
+    """Elements that a MoE layer keeps of each token for the backward pass: block.REMAT.
+
+    Over the tensor axis lie parts of them, or of the sequence.
+    """
+    config = setup.run.config
+    N, D, A = config.num_heads, config.model_dim, config.query_key_dim
     U, Q, Y = config.value_head_dim, config.query_latent_dim or 0, config.cache_dim
-    F = config.expert_ffn_dim / tensor
+    F = config.expert_ffn_dim
     rows = config.experts_per_token * (setup.scheme.room or 1.0)
     latent, attention = Q + Y, N * U
     hidden = 2 * F * (rows + config.num_shared_experts)
@@ -97,16 +101,16 @@ def forward_flops(setup: Setup) -> dict[str, float]:
     flops: dict[str, float] = {}
     for w in weights(config, mesh):
         if w.is_matrix:
-            # Experts are split, but each device's receive tokens from all: an even load.
-            ways = shards(tuple(axis for axis in w.computed if axis != "expert"), mesh)
-            each = setup.tokens * w.flops(config) / ways
+            # Over the tensor axis lie heads and channels, or else the sequence; experts are
+            # split, but each device's receive tokens from all: an even load.
+            each = setup.tokens * w.flops(config) / mesh["tensor"]
             flops[w.part] = flops.get(w.part, 0.0) + each
     core = 2 * config.num_heads * setup.run.seq_len * (config.query_key_dim + config.value_head_dim)
     core = setup.tokens * core / 2 / mesh["tensor"]
     flops["attention core"] = core * config.num_layers
     if config.num_mtp:
         head = 2.0 * config.vocab_size * config.model_dim
-        flops["MTP"] += config.num_mtp * (core + setup.tokens * head)
+        flops["MTP"] += config.num_mtp * (core + setup.tokens * head / mesh["tensor"])
     return flops
 
 
@@ -125,8 +129,9 @@ def step_work(setup: Setup) -> list[Work]:
     layers = config.num_layers + config.num_mtp
     rows = config.experts_per_token * (setup.scheme.room or 1.0)
     elements = config.model_dim * (PASSES + 6 * rows)
-    elements += 12 * rows * config.expert_ffn_dim / mesh["tensor"]
-    elementwise = setup.accumulation * layers * setup.tokens * elements * itemsize(setup)
+    elements += 12 * rows * config.expert_ffn_dim
+    tokens = setup.accumulation * layers * setup.tokens / mesh["tensor"]
+    elementwise = tokens * elements * itemsize(setup)
     found.append(Work("norms, casts, copies", bytes=elementwise))
     # Read: gradient, master, moments; written: master, moments; and the norm reads gradients.
     state = sum(w.size / shards(w.stored, mesh) for w in weights(config, mesh))
@@ -222,15 +227,23 @@ def expert_transfers(setup: Setup) -> list[Transfer]:
 
 
 def tensor_transfers(setup: Setup) -> list[Transfer]:
-    """Sums over the tensor axis: a block's two outputs forward, its inputs' gradients backward."""
+    """Sequences gathered over the tensor axis before products that split heads or channels there.
+
+    What such products make is summed and scattered again. Backward the two change places, and the
+    inputs are gathered once more.
+    """
     config, size = setup.run.config, itemsize(setup)
     if setup.mesh["tensor"] == 1:
         return []
     layers = config.num_layers + config.num_mtp
     D, Q, C = config.model_dim, config.query_latent_dim or config.model_dim, config.kv_latent_dim
-    # Forward: attention, ffn (experts and shared each). Backward: latents, ffn inputs.
-    forward, backward = 3 * D, Q + C + 4 * D
-    again = 1 if setup.run.remat == "none" else 2
-    total = setup.tokens * layers * size * (forward * again + backward) * setup.accumulation
-    return [Transfer("tensor sums", "all-reduce", ("tensor",), total,
-                     (3 * again + 6) * layers * setup.accumulation, False)]
+    # Queries and keys from latents, the two products of a feed-forward, experts and shared ones.
+    gathered, scattered = Q + C + 3 * D, 3 * D
+    each = setup.tokens * layers * size * setup.accumulation
+    times = layers * setup.accumulation
+    return [
+        Transfer("tensor sums", "all-gather", ("tensor",), each * (2 * gathered + scattered),
+                 13 * times, False),
+        Transfer("tensor sums", "reduce-scatter", ("tensor",), each * (gathered + scattered),
+                 8 * times, False),
+    ]  # fmt: skip

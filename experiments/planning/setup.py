@@ -7,16 +7,15 @@ from dataclasses import dataclass
 
 from deepseek_jax.block import REMAT
 from deepseek_jax.config import Run, Schedule
-from sharding.cost import members_in_node
 from sharding.hardware import Cluster
-from sharding.mesh import AXES
+from sharding.mesh import AXES, expert_nodes
 from sharding.placement import Scheme
 from sharding.rules import BATCH_AXES
 
 # FP8 weights are scaled in blocks of this many rows and columns, which no cut may divide.
 BLOCK = 128
-# Rows in the buffers of dispatch over those of an even load: what a plan allows for.
-ROOM = 1.5
+# Rows in the buffers of dispatch at first, over those of an even load.
+ROOM = 2.0
 
 
 @dataclass(frozen=True)
@@ -86,6 +85,8 @@ def refusal(run: Run, mesh: Mapping[str, int]) -> str | None:
     config, tensor, expert = run.config, mesh["tensor"], mesh["expert"]
     if config.num_experts % expert:
         return f"expert={expert} must divide num_experts={config.num_experts}"
+    if run.seq_len % tensor:
+        return f"tensor={tensor} must divide seq_len={run.seq_len}"
     cut = {
         "num_heads": config.num_heads,
         "dense_ffn_dim": config.dense_ffn_dim,
@@ -104,6 +105,15 @@ def refusal(run: Run, mesh: Mapping[str, int]) -> str | None:
                 f"block of {BLOCK}: the nearest that does not is tensor={near}"
             )
     return None
+
+
+def cut_nodes(mesh: Mapping[str, int], node: int) -> bool:
+    """Whether nodes begin and end inside the expert and tensor axes, which launch refuses."""
+    try:
+        expert_nodes(mesh, node)
+    except ValueError:
+        return True
+    return False
 
 
 def setup(
@@ -135,8 +145,7 @@ def setup(
     run = dataclasses.replace(
         run, micro_batch=micro, batch_size=Schedule.constant(batch), remat=remat or run.remat
     )
-    inside = members_in_node(("expert",), mesh, cluster.accelerator.node)
-    nodes = mesh["expert"] // inside if mesh["expert"] % inside == 0 else 1
+    nodes = expert_nodes(mesh, cluster.accelerator.node)
     room = ROOM if mesh["expert"] > 1 else None
     scheme = Scheme(zero=3 if zero == 3 else 1, expert_nodes=nodes, room=room)
     return Setup(run, cluster, dict(mesh), scheme)
@@ -157,6 +166,8 @@ def setups(run: Run, cluster: Cluster) -> Iterator[Setup]:
     """Every legal mesh with every micro-batch and remat policy that the batch leaves."""
     wanted = int(run.batch_size.phases[-1].end)
     for mesh in meshes(run, cluster.devices):
+        if cut_nodes(mesh, cluster.accelerator.node):
+            continue
         ways = math.prod(mesh[axis] for axis in BATCH_AXES)
         for sequences in (1, 2, 4, 8):
             # More in a micro-batch than the batch holds would only make the step longer.

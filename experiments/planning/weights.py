@@ -16,7 +16,7 @@ from deepseek_jax.config import ModelConfig, Run
 from deepseek_jax.counts import abstract_model
 from deepseek_jax.linear import DTYPES
 from sharding.mesh import AXES
-from sharding.rules import BATCH_AXES, COMPUTE, STORE, Table, letters_of, weight_spec
+from sharding.rules import COMPUTE, STORE, Table, letters_of, weight_spec
 
 # The model multiplies with these whole, whatever the compute table says of V.
 WHOLE = ("embed_VD", "head_VD")
@@ -54,8 +54,9 @@ class Weight(NamedTuple):
     @property
     def summed(self) -> tuple[str, ...]:
         """Axes over which its gradient is added up and stays whole."""
+        # Sequences lie along the tensor axis, so devices of it have different tokens too.
         return tuple(
-            axis for axis in BATCH_AXES if axis not in self.gathered and axis not in self.computed
+            axis for axis in AXES if axis not in self.gathered and axis not in self.computed
         )
 
     @property
