@@ -47,16 +47,17 @@ def expert_ffn(
 def to_rows(x_TD: jax.Array | Quantized, path: Path) -> jax.Array | Quantized:
     """Tokens to the rows of their experts; quantised ones travel as codes and scales."""
     if isinstance(x_TD, Quantized):
-        codes, scale, x_MD = _send_codes(path.hops, x_TD.x, x_TD.codes, x_TD.scale, path.layouts)
+        x_MD, *codes = _send_codes(path.hops, x_TD.x, x_TD.codes, x_TD.scale, path.layouts)
+        codes, scale = fp8.kept_as("expert_input", *codes)
         return dataclasses.replace(x_TD, x=x_MD, codes=codes, scale=scale)
     return checkpoint_name(dispatch(x_TD, path), "expert_input")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _send_codes(hops, x_TD, codes, scale, layouts):
-    codes, scale = checkpoint_name(send((codes, scale), Path(layouts, hops)), "expert_input")
+    codes, scale = send((codes, scale), Path(layouts, hops))
     # No product reads the values; the gradient of the rows belongs to them.
-    return codes, scale, fp8.decode_tiles(codes, scale, x_TD.shape[-1])
+    return fp8.decode_tiles(codes, scale, x_TD.shape[-1]), codes, scale
 
 
 def _send_codes_fwd(hops, x_TD, codes, scale, layouts):
@@ -64,7 +65,7 @@ def _send_codes_fwd(hops, x_TD, codes, scale, layouts):
 
 
 def _send_codes_bwd(hops, layouts, gradients):
-    return combine(gradients[2], Path(layouts, hops)), None, None, None
+    return combine(gradients[0], Path(layouts, hops)), None, None, None
 
 
 _send_codes.defvjp(_send_codes_fwd, _send_codes_bwd)

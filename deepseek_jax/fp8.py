@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.quantize_fp8 import (
     Blocks,
@@ -163,13 +164,12 @@ def plain(weight: jax.Array | QuantizedWeight, dtype: jax.typing.DTypeLike) -> j
     """A weight as an array: its codes times their scales, where it is quantised."""
     if not is_quantized(weight):
         return weight.astype(dtype)
-    codes, scale = weight.blocks.codes, weight.blocks.scale
+    blocks, codes, scale = weight.blocks, weight.blocks.codes, weight.blocks.scale
     *_, n, k = codes.shape
     wide = jnp.repeat(jnp.repeat(scale[..., : k // TILE], TILE, axis=-1), TILE, axis=-2)
-    values = codes.astype(jnp.float32) * wide[..., :n, :]
-    shape = weight.target.shape
-    width = weight.blocks.transposed.shape[-2]
-    return values[..., :width].reshape(shape).astype(dtype)
+    decoded = (codes.astype(jnp.float32) * wide[..., :n, :])[..., : blocks.transposed.shape[-2]]
+    real = weight.target.size // (decoded.size // n)
+    return decoded[..., :real, :].reshape(weight.shape).astype(dtype)
 
 
 # Activations.
@@ -211,6 +211,17 @@ def per_token(tiles: Tiles, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Arra
     """Codes and scales with a token's first: [..., 128 k] and [..., k]."""
     codes, scale = tiles
     return codes.reshape(*shape, -1), scale[:, : codes.shape[0]].T.reshape(*shape, -1)
+
+
+def kept_as(name: str, codes: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Codes and scales that remat keeps under a name.
+
+    As bytes: what remat keeps of a float goes through reduce_precision, to which E4M3 has an
+    infinity above 240, and codes up to 448 would become NaN (seen).
+    """
+    as_bytes = jax.lax.bitcast_convert_type(codes, jnp.uint8)
+    as_bytes, scale = checkpoint_name((as_bytes, scale), name)
+    return jax.lax.bitcast_convert_type(as_bytes, codes.dtype), scale
 
 
 def by_rows(x: Quantized | E5M6) -> Tiles:

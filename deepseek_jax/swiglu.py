@@ -65,11 +65,8 @@ def _swiglu_product_fp8(accumulate, gate_MF, up_MF, weight_M, target, blocks, gr
 def _fwd(accumulate, gate_MF, up_MF, weight_M, target, blocks, group_sizes_G):
     y_MD = _swiglu_product_fp8(accumulate, gate_MF, up_MF, weight_M, target, blocks, group_sizes_G)
     counts_m = real_rows(group_sizes_G, gate_MF.shape[0])
-    kept = tuple(
-        fp8.per_token(quantize_tiles(x_MF, counts_m=counts_m), x_MF.shape[:1])
-        for x_MF in (gate_MF, up_MF)
-    )
-    kept = checkpoint_name(kept, "ffn_hidden")
+    tiles = (quantize_tiles(x_MF, counts_m=counts_m) for x_MF in (gate_MF, up_MF))
+    kept = tuple(fp8.kept_as("ffn_hidden", *fp8.per_token(x, gate_MF.shape[:1])) for x in tiles)
     return y_MD, (kept, weight_M, saved_target(target, accumulate), blocks, group_sizes_G)
 
 
