@@ -60,6 +60,30 @@ COMMANDS = {
         "tokens/s, TFLOP/s and memory of a recipe's train step",
         "peer --precision bf16",
     ),
+    "bench kernels": Command(
+        "experiments.bench.kernel_run",
+        "bench_kernels",
+        "gemm, grouped and quantize in one run: every kernel checked and timed on this GPU",
+        "--out runs/bench",
+    ),
+    "bench gemm": Command(
+        "experiments.bench.gemm",
+        "bench_gemm",
+        "the dense FP8 products of this GPU beside cuBLASLt's, checked and timed",
+        "--out runs/bench",
+    ),
+    "bench grouped": Command(
+        "experiments.bench.grouped",
+        "bench_grouped",
+        "the experts' FP8 and BF16 products beside torch's, checked and timed",
+        "--out runs/bench",
+    ),
+    "bench quantize": Command(
+        "experiments.bench.quantize",
+        "bench_quantize",
+        "quantisation and its fused forms beside a copy of as many bytes",
+        "--out runs/bench",
+    ),
     "bench balance": Command(
         "experiments.bench.balance",
         "bench_balance",

@@ -1,0 +1,238 @@
+"""Checks of the FP8 kernels on the card: errors against float64, poison, odd shapes, repetition."""
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.bench.kernel_data import BF16, F32
+from experiments.bench.kernel_report import verdict
+from experiments.bench.kernel_run import use_cache
+from pallas_kernels.grouped_matmul_fp8 import by_contraction, by_rows
+from pallas_kernels.grouped_matmul_fp8.api import rows_of_blocks
+from pallas_kernels.matmul_fp8 import matmul, weight_gradient
+from pallas_kernels.quantize_fp8 import (
+    Tiles,
+    quantize_blocks,
+    quantize_tiles,
+    retile,
+    rms_norm_tiles,
+    swiglu_tiles,
+)
+
+# Root mean square of one rounding to BF16 is 1.7e-3.
+ROUNDED = 3e-3
+REPEATS = 10
+# M, N, K: few rows, rows that no tile divides, short last blocks as N and as K.
+ODD = [(1, 576, 2048), (64, 2112, 512), (70, 2112, 512), (128, 320, 10944), (1001, 592, 2112)]
+SIZES = {"mixed": (130, 0, 70, 1, 1000, 0), "one has all": (0, 0, 1500, 0), "none": (0, 0, 0)}
+QUANTIZED = [(1001, 2112), (384, 576), (70, 208), (2048, 1536)]
+Verdict = dict[str, Any]
+
+
+def main(command: str) -> None:
+    """Prints a verdict a line, as JSON."""
+    use_cache()
+    for row in {"gemm": gemm, "grouped": grouped, "quantize": quantize}[command]():
+        print(json.dumps(row), flush=True)
+
+
+def gemm() -> Iterator[Verdict]:
+    """Bars of error on three kinds of data, then odd shapes and weight gradients."""
+    for data, k in (("normal", 4096), ("outliers", 4096), ("uniform", 16384)):
+        yield from errors(data, k)
+    for m, n, k in ODD:
+        a, b = quantize_tiles(normal(m, k)), quantize_blocks(normal(n, k, dtype=F32))
+        right = values(a) @ block_values(b.codes, b.scale).T
+        call = jax.jit(matmul)
+        yield from error_and_repeats(
+            f"product {m} x {n} x {k}", right, ROUNDED, call, a, b.codes, b.scale
+        )
+    for m, n, k in ((520, 2112, 592), (4096, 1536, 576)):
+        y, x = (quantize_tiles(normal(m, width), by="columns") for width in (n, k))
+        total = normal(n, k, dtype=F32)
+        call, right = jax.jit(weight_gradient), values(y) @ values(x).T
+        name = f"weight gradient {n} x {k} of {m}"
+        yield from error_and_repeats(name, right, 2e-4, call, y, x)
+        right = right + float64(total)
+        yield from error_and_repeats(f"{name}, accumulating", right, 2e-4, call, y, x, total)
+
+
+def errors(data: str, k: int) -> Iterator[Verdict]:
+    """Error of the product, and of exact arithmetic on the same codes."""
+    x, w = normal(512, k, dtype=F32), normal(512, k, dtype=F32)
+    if data == "uniform":
+        x, w = (jnp.abs(jnp.tanh(array)) for array in (x, w))
+    if data == "outliers":
+        x = x.at[:, ::97].multiply(30)
+    x = x.astype(BF16)
+    a, b = quantize_tiles(x), quantize_blocks(w)
+    right = values(a) @ block_values(b.codes, b.scale).T
+    operands = (a, b.codes, b.scale)
+    found = poisoned(jax.jit(functools.partial(matmul, out_dtype=F32)), *operands)
+    if data != "outliers":
+        limit = 2e-4 if data == "normal" else 1e-3
+        bar = f"FP32 out, {data}, K = {k}: error against exact arithmetic on the codes"
+        yield verdict(bar, error(found, right), limit, most=True)
+    if data != "uniform":
+        original = float64(x) @ float64(w).T
+        over = error(found, original) / error(right, original)
+        yield verdict(f"{data}: error over that of exact arithmetic", over, 1.05, most=True)
+    bar = f"BF16 out, {data}: error against exact arithmetic on the codes"
+    yield verdict(bar, error(jax.jit(matmul)(*operands), right), ROUNDED, most=True)
+
+
+def grouped() -> Iterator[Verdict]:
+    """Padding holds NaN and infinities; some groups are empty, or one has all rows."""
+    n, k = 592, 1040
+    for name, sizes in SIZES.items():
+        sizes_G = np.array(sizes, np.int32)
+        padded = -(-sizes_G // 128) * 128
+        used, starts = int(padded.sum()), np.cumsum(padded) - padded
+        rows = used + 256
+        real = np.zeros((rows, 1), bool)
+        for start, size in zip(starts, sizes, strict=True):
+            real[start : start + size] = True
+        counts = rows_of_blocks(jnp.asarray(sizes_G), rows)
+        a = quantize_tiles(jnp.where(real, normal(rows, k), jnp.nan), counts_m=counts)
+        dy = jnp.where(real, normal(rows, n), jnp.inf)
+        y = quantize_tiles(dy, by="columns", counts_m=counts)
+        x = retile(a, k, counts_m=counts)
+        w = quantize_blocks(normal(len(sizes), n, k, dtype=F32))
+        total, weights = normal(len(sizes), n, k, dtype=F32), block_values(w.codes, w.scale)
+        products, gradients = np.zeros((rows, n)), np.zeros((len(sizes), n, k))
+        for group, (start, size) in enumerate(zip(starts, padded, strict=True)):
+            own = slice(start, start + size)
+            products[own] = values(a)[own] @ weights[group].T
+            gradients[group] = values(y)[:, own] @ values(x)[:, own].T
+        # Rows of no group are not written.
+        call = jax.jit(lambda *operands, used=used: by_rows(*operands)[:used])
+        operands = (a, w.codes, w.scale, sizes_G)
+        yield from error_and_repeats(f"by rows, {name}", products[:used], ROUNDED, call, *operands)
+        call, bar = jax.jit(by_contraction), f"by contraction, {name}"
+        yield from error_and_repeats(bar, gradients, 2e-4, call, y, x, sizes_G)
+        right = gradients + float64(total)
+        bar = f"{bar}, accumulating"
+        yield from error_and_repeats(bar, right, 2e-4, call, y, x, sizes_G, total)
+
+
+def quantize() -> Iterator[Verdict]:
+    """Bits of the reference on the host, but for ties and what another order of sums rounds."""
+    both = functools.partial(quantize_tiles, by="both")
+    for m, k in QUANTIZED:
+        x, up = normal(m, k), normal(m, k)
+        bad = x.at[m // 2, 5].set(jnp.nan).at[0, k - 1].set(-jnp.inf).at[m // 3].set(0)
+        counts = np.random.default_rng().integers(0, 129, -(-m // 128)).astype(np.int32)
+        codes = quantize_tiles(x)
+        weight, gain = jnp.linspace(0.1, 1, m), jnp.linspace(0.5, 2, k)
+        again = lambda codes, counts, k=k, **options: retile(codes, k, counts_m=counts, **options)
+        masked = lambda x, counts, **options: both(x, counts_m=counts, **options)
+        norm = functools.partial(rms_norm_tiles, epsilon=1e-6, by="both")
+        forms = {
+            "both layouts": (both, (x,), 1e-5),
+            "NaN, infinity and zeros": (both, (bad,), 1e-5),
+            "powers of two": (functools.partial(quantize_tiles, power_of_two=True), (x,), 1e-5),
+            "masked": (masked, (x, counts), 1e-5),
+            "re-tiled": (again, (codes, counts), 1e-5),
+            "RMSNorm": (norm, (x, gain), 2e-2),
+            "SwiGLU": (functools.partial(swiglu_tiles, by="both"), (x, up, weight), 2e-2),
+            "SwiGLU by rows": (swiglu_tiles, (x, up, weight), 2e-2),
+        }
+        for name, (form, operands, limit) in forms.items():
+            yield same_bits(f"{name}, {m} x {k}", form, operands, limit)
+        differ = repeats(jax.jit(masked), x, counts)
+        yield verdict(f"masked, {m} x {k}: runs that differ", differ, 0, most=True)
+    for dtype in (F32, BF16):
+        w = normal(2, 592, 1040, dtype=dtype)
+        blocks = lambda w, **options: cut(quantize_blocks(w, **options))
+        yield same_bits(f"blocks, {jnp.dtype(dtype).name}", blocks, (w,), 1e-5)
+
+
+def cut(blocks: Any) -> tuple[jax.Array, ...]:
+    """Without the ends of rows of scales, which mean nothing."""
+    scale, other = blocks.scale, blocks.transposed_scale
+    return (
+        blocks.codes,
+        scale[..., : other.shape[-2]],
+        blocks.transposed,
+        other[..., : scale.shape[-2]],
+    )
+
+
+def same_bits(name: str, form: Callable, operands: tuple, limit: float) -> Verdict:
+    found = jax.tree.leaves(poisoned(jax.jit(form), *operands))
+    host = jax.device_put(operands, jax.devices("cpu")[0])
+    reference = jax.jit(functools.partial(form, implementation="reference"))
+    right = jax.tree.leaves(reference(*host))
+    share = max(different(one, other) for one, other in zip(found, right, strict=True))
+    return verdict(f"{name}: share of other bits", share, limit, most=True)
+
+
+def error_and_repeats(
+    name: str, right: np.ndarray, limit: float, call: Callable, *operands: Any
+) -> Iterator[Verdict]:
+    found = poisoned(call, *operands)
+    yield verdict(f"{name}: error", error(found, right), limit, most=True)
+    differ = repeats(call, *operands)
+    yield verdict(f"{name}: runs that differ", differ, 0, most=True)
+
+
+def poisoned(call: Callable, *operands: Any) -> Any:
+    """The result, in memory that held NaN before: what is not written shows."""
+    held = [jnp.full(1 << 24, jnp.nan) for _ in range(8)]
+    jax.block_until_ready(held)
+    del held
+    return call(*operands)
+
+
+def repeats(call: Callable, *operands: Any) -> float:
+    """How many of ten runs differ from the first in any bit."""
+    bits = lambda: [np.asarray(x).view(np.uint8) for x in jax.tree.leaves(call(*operands))]
+    first = bits()
+    same = lambda other: all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
+    return float(sum(not same(bits()) for _ in range(REPEATS)))
+
+
+def error(found: Any, right: np.ndarray) -> float:
+    """Relative error; infinite where it is not a number."""
+    size = np.linalg.norm(right)
+    value = np.linalg.norm(float64(found) - right) / (size if size else 1.0)
+    return float(value) if np.isfinite(value) else float("inf")
+
+
+def different(one: Any, other: Any) -> float:
+    """Share of elements that differ; NaN equals NaN."""
+    a, b = (np.asarray(x).astype(np.float32) for x in (one, other))
+    if a.shape != b.shape:
+        return 1.0
+    return float(np.mean((a != b) & ~(np.isnan(a) & np.isnan(b))))
+
+
+def normal(*shape: int, dtype: Any = BF16) -> jax.Array:
+    """Fresh data each time."""
+    drawn = np.random.default_rng().standard_normal(shape, np.float32)
+    return jnp.asarray(drawn).astype(dtype)
+
+
+def float64(array: Any) -> np.ndarray:
+    return np.asarray(array).astype(np.float64)
+
+
+def values(x: Tiles) -> np.ndarray:
+    """What tiles stand for."""
+    scale = float64(x.scale)[:, : x.codes.shape[0]].T
+    return float64(x.codes) * np.repeat(scale, 128, axis=1)
+
+
+def block_values(codes: Any, scale: Any) -> np.ndarray:
+    wide = np.repeat(float64(scale)[..., : codes.shape[-1] // 128], 128, axis=-1)
+    return float64(codes) * np.repeat(wide, 128, axis=-2)[..., : codes.shape[-2], :]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,129 @@
+"""Times of kernels on a GPU: by CUPTI for JAX and torch alike, with a cold L2, taking turns."""
+
+import os
+import statistics
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+ROUNDS, CALLS = 3, 10
+# More than twice the L2 cache of a Hopper GPU (50 MiB).
+FLUSHED_BYTES = 128 * 2**20
+
+
+class Call(NamedTuple):
+    """Work to time: `run` enqueues it, on torch's stream or on JAX's."""
+
+    run: Callable[[], Any]
+    torch: bool = False
+
+
+def require_gpu(command: str, *, torch: bool) -> jax.Device:
+    """The Hopper GPU of this machine, with torch beside it if asked; otherwise a ValueError."""
+    # Torch allocates beside JAX; read when the backend starts.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    device = jax.devices()[0]
+    if device.platform != "gpu" or not any(n in device.device_kind for n in ("H100", "H200")):
+        raise ValueError(
+            f"{command} times kernels on a Hopper GPU (H100, H200); this machine has "
+            f"{device.device_kind} ({device.platform})"
+        )
+    if torch and import_torch() is None:
+        raise ValueError(
+            f"{command} times torch's kernels beside ours, and torch with CUDA is not installed: "
+            "install it, or leave its kernels out with --no-peers"
+        )
+    return device
+
+
+def import_torch() -> Any:
+    """torch if it is installed and sees the GPU, else None."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    return torch if torch.cuda.is_available() else None
+
+
+class Timer:
+    """Medians of kernel times in microseconds."""
+
+    def __init__(self, *, torch: bool):
+        count = FLUSHED_BYTES // 4
+        ours, negate = jnp.ones(count, jnp.float32), jax.jit(jnp.negative)
+        self._flush = {False: lambda: negate(ours)}
+        self._torch = import_torch() if torch else None
+        if self._torch is not None:
+            theirs = self._torch.ones(count, device="cuda")
+            self._flush[True] = lambda: self._torch.neg(theirs)
+        # Kernels of the flush, to be left out of what a call took; empty where CUPTI sees nothing.
+        self._names = {
+            torch: {name for name, _ in self._record(flush, torch, 2)}
+            for torch, flush in self._flush.items()
+        }
+        self.method = "CUPTI" if self._names[False] else "none"
+        self.torch_method = "CUPTI" if self._names.get(True) else "events"
+
+    def compare(self, calls: Mapping[str, Call]) -> dict[str, float]:
+        """Median over 30 calls of each, in rounds of alternating order."""
+        taken: dict[str, list[float]] = {name: [] for name in calls}
+        for turn in range(ROUNDS):
+            for name in list(calls)[:: (-1) ** turn]:
+                taken[name] += self.measure(calls[name])
+        return {name: statistics.median(times) for name, times in taken.items()}
+
+    def measure(self, call: Call) -> list[float]:
+        """Microseconds of each of ten calls: all of its kernels, added up."""
+        flush = self._flush[call.torch]
+        if call.torch and self.torch_method == "events":
+            return self._events(call.run, flush)
+        call.run()
+
+        def both():
+            flush()
+            return call.run()
+
+        records = self._record(both, call.torch, CALLS)
+        kernels = [time for name, time in records if name not in self._names[call.torch]]
+        if not kernels or len(kernels) % CALLS:
+            raise RuntimeError(f"CUPTI saw {len(kernels)} kernels of {CALLS} calls")
+        each = len(kernels) // CALLS
+        return [1e3 * sum(kernels[i * each : (i + 1) * each]) for i in range(CALLS)]
+
+    def _record(self, run, torch, count) -> list[tuple[str, float]]:
+        """Names and milliseconds of all kernels of so many runs, in order."""
+        from jax._src.lib import mosaic_gpu
+
+        cupti = mosaic_gpu._mosaic_gpu_ext
+        run()
+        self._wait(torch, None)
+        cupti._cupti_init()
+        try:
+            result = None
+            for _ in range(count):
+                result = run()
+            self._wait(torch, result)
+        finally:
+            records = cupti._cupti_get_timings(True)
+        return records or []
+
+    def _wait(self, torch, result):
+        if torch:
+            self._torch.cuda.synchronize()
+        else:
+            jax.block_until_ready(result)
+
+    def _events(self, run, flush) -> list[float]:
+        cuda = self._torch.cuda
+        event = lambda: cuda.Event(enable_timing=True)
+        pairs = [(event(), event()) for _ in range(CALLS)]
+        run()
+        for start, end in pairs:
+            flush()
+            start.record()
+            run()
+            end.record()
+        cuda.synchronize()
+        return [1e3 * start.elapsed_time(end) for start, end in pairs]
