@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from deepseek_jax import fp8
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.latent_cache import LatentCache
 from deepseek_jax.layers import norm_for, normal, ones
 from deepseek_jax.linear import Activation, linear
 from deepseek_jax.rope import rotate, softmax_scale
@@ -51,9 +52,9 @@ class Attention(nnx.Module):
         rotations_BTr,
         *,
         segments_BT: Int[Array, "B T"] | None = None,
-        cache_BSY: Float[Array, "B S Y"] | None = None,
+        cache: LatentCache | None = None,
         start_B: Int[Array, " B"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], jax.Array]:
+    ) -> tuple[Float[Array, "B T D"], jax.Array | LatentCache]:
         """Returns the output and what is cached of these tokens: latent_BTY, or the new cache.
 
         With a cache the T tokens stand at positions start_B + t of it and see what lies before.
@@ -61,12 +62,12 @@ class Attention(nnx.Module):
         q_BTNA = queries(self, x_BTD, rotations_BTr)
         content_BTC, rotary_BTR = latents(self, x_BTD, rotations_BTr)
         latent_BTY = jnp.concatenate((fp8.values(content_BTC), rotary_BTR), axis=-1)
-        if cache_BSY is None:
+        if cache is None:
             o_BTNU = expanded(self, q_BTNA, content_BTC, rotary_BTR, segments_BT)
             kept = latent_BTY
         else:
-            kept = append(cache_BSY, latent_BTY, start_B)
-            o_BTNU = absorbed(self, q_BTNA, kept, start_B)
+            kept = cache.append(latent_BTY, start_B)
+            o_BTNU = absorbed(self, q_BTNA, kept.read(q_BTNA.dtype), start_B)
         return shard(linear("BTNU,DNU->BTD", o_BTNU, self.wo_DNU[...]), "BTD"), kept
 
 
@@ -192,11 +193,3 @@ def absorbed(attention: Attention, q_BTNA, cache_BSY, start_B) -> Activation:
     z_BTNC = jnp.einsum("BNTS,BSC->BTNC", weight_BNTS, values_BSC)
     o_BTNU = jnp.einsum("BTNC,NUC->BTNU", z_BTNC, w_v_NUC.astype(z_BTNC.dtype))
     return fp8.to_e5m6(o_BTNU) if fp8.is_quantized(attention.wo_DNU[...]) else o_BTNU
-
-
-def append(cache_BSY, latent_BTY, start_B) -> Float[Array, "B S Y"]:
-    """The cache with the latents of T tokens written from position start_B on."""
-    write = lambda cache_SY, latent_TY, start: jax.lax.dynamic_update_slice(
-        cache_SY, latent_TY, (start, jnp.zeros_like(start))
-    )
-    return jax.vmap(write)(cache_BSY, latent_BTY.astype(cache_BSY.dtype), start_B)

@@ -1,13 +1,16 @@
 """One transformer block, a stack of them run by scan, and what is kept for the backward pass."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.attention import Attention
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.latent_cache import LatentCache
 from deepseek_jax.layers import FeedForward, norm_for, ones
 from deepseek_jax.moe import Load, MoE
 
@@ -37,7 +40,7 @@ class Block(nnx.Module):
             else MoE(config, rngs=rngs)
         )
 
-    def __call__(self, x_BTD, rotations_BTr, *, segments_BT=None, valid_BT=None, cache_BSY=None,
+    def __call__(self, x_BTD, rotations_BTr, *, segments_BT=None, valid_BT=None, cache=None,
                  start_B=None) -> tuple[jax.Array, "LayerOutput"]:
         eps = self.config.norm_eps
         o_BTD, latent = self.attention(
@@ -46,7 +49,7 @@ class Block(nnx.Module):
             ),
             rotations_BTr,
             segments_BT=segments_BT,
-            cache_BSY=cache_BSY,
+            cache=cache,
             start_B=start_B,
         )
         x_BTD = x_BTD + o_BTD
@@ -68,7 +71,7 @@ class LayerOutput(NamedTuple):
     """What a block returns beside the residual stream; in a stack, every leaf has a leading L."""
 
     x_BTD: jax.Array
-    latent_BTY: jax.Array  # with a cache: the new cache_BSY
+    latent_BTY: jax.Array | LatentCache  # with a cache: the new one
     load: Load | None  # None in dense layers
 
 
@@ -87,7 +90,6 @@ def run_stack(
     *,
     keep: Callable[[LayerOutput], object],
     remat: str = "none",
-    cache_LBSY: jax.Array | None = None,
     **inputs,
 ) -> tuple[jax.Array, object]:
     """Runs the stacked blocks in turn; returns x_BTD and, stacked over L, what `keep` picks.
@@ -95,12 +97,31 @@ def run_stack(
     Compile time does not grow with depth. `keep` must not return the residual stream in training.
     """
 
-    def layer(x_BTD, scanned):
-        block, cache_BSY = scanned
-        x_BTD, output = block(x_BTD, rotations_BTr, cache_BSY=cache_BSY, **inputs)
+    def layer(x_BTD, block):
+        x_BTD, output = block(x_BTD, rotations_BTr, **inputs)
         return x_BTD, keep(output)
 
-    return jax.lax.scan(checkpointed(layer, remat), x_BTD, (blocks, cache_LBSY))
+    return jax.lax.scan(checkpointed(layer, remat), x_BTD, blocks)
+
+
+def run_cached(
+    blocks: Block, x_BTD: jax.Array, rotations_BTr, cache: LatentCache, start_B, *, first: int
+) -> tuple[jax.Array, LatentCache, jax.Array]:
+    """Runs the stacked blocks, whose caches begin at layer `first` of the cache.
+
+    The cache is carried and written in place. Also returns the choices that found no room.
+    """
+
+    def layer(carry, block):
+        x_BTD, cache, index, lost = carry
+        x_BTD, output = block(x_BTD, rotations_BTr, cache=cache.at(index), start_B=start_B)
+        if output.load is not None:
+            lost = lost + output.load.lost
+        return (x_BTD, replace(output.latent_BTY, layer=None), index + 1, lost), None
+
+    carry = x_BTD, cache, jnp.int32(first), jnp.int32(0)
+    (x_BTD, cache, _, lost), _ = jax.lax.scan(layer, carry, blocks)
+    return x_BTD, cache, lost
 
 
 def checkpointed(fn: Callable, remat: str) -> Callable:

@@ -1,98 +1,94 @@
-"""Text from a model: prefill in the expanded form, then decoding on MLA's latent cache."""
+"""Text from a model: greedy or drawn, whole or as a stream, drafted by MTP modules or not.
+
+Everything a call compiles depends on the batch and on the capacity of the cache, a power of two:
+three programs, whatever the lengths of prompts and texts.
+"""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Int
 
-from deepseek_jax.block import run_stack
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.layers import embed, rms_norm
-from deepseek_jax.linear import DTYPES
+from deepseek_jax.decoding import Decoding, advance, chunk_width, prefill
+from deepseek_jax.drafting import first_ahead
+from deepseek_jax.latent_cache import empty_cache
 from deepseek_jax.model import Model
-from deepseek_jax.rope import rotations
+from deepseek_jax.sampling import Sampling
+from sharding.placement import current_mesh, under_mesh
+
+SMALLEST_CAPACITY = 256
+ALL_STEPS = 2**30
 
 
-def empty_cache(
-    config: ModelConfig, batch: int, length: int, dtype: jax.typing.DTypeLike = jnp.bfloat16
-) -> Float[Array, "L B S Y"]:
-    """The latent cache of all layers: C + R elements per token and layer."""
-    return jnp.zeros((config.num_layers, batch, length, config.cache_dim), dtype)
+@dataclass(frozen=True)
+class Report:
+    """What a generation took, beside its tokens."""
+
+    tokens: int  # new ones, of all texts
+    steps: int
+    row_steps: int
+    accepted: int
+    draft_depth: int
+    cache_bytes: int
+
+    @property
+    def acceptance(self) -> float:
+        """Kept drafts of all drafts made."""
+        return self.accepted / max(self.row_steps * self.draft_depth, 1)
+
+    @property
+    def tokens_per_step(self) -> float:
+        return self.tokens / max(self.row_steps, 1)
 
 
-def prefill(
-    model: Model, tokens_BT: Int[Array, "B T"], cache_LBSY: Float[Array, "L B S Y"]
-) -> tuple[Float[Array, "B V"], Float[Array, "L B S Y"]]:
-    """FP32 logits after the last token, and the cache with all T tokens in it."""
-    hidden_BTD, aux = model.hidden(tokens_BT, latents=True)
-    latent_LBTY = aux.latent_LBTY.astype(cache_LBSY.dtype)
-    cache_LBSY = jax.lax.dynamic_update_slice(cache_LBSY, latent_LBTY, (0, 0, 0, 0))
-    return model.head(hidden_BTD[:, -1:])[:, 0], cache_LBSY
+# The programs.
 
 
-def decode(
-    model: Model,
-    tokens_BT: Int[Array, "B T"],
-    cache_LBSY: Float[Array, "L B S Y"],
-    start_B: Int[Array, " B"],
-) -> tuple[Float[Array, "B T V"], Float[Array, "L B S Y"]]:
-    """Logits of T new tokens that stand at start_B + t, and the cache with them in it."""
-    config = model.config
-    x_BTD = embed(tokens_BT, model.embed_VD[...], model.dtype)
-    positions_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None, :]
-    turns = rotations(positions_BT, config)
-    caches = []
-    begin = 0
-    for blocks, count in ((model.dense, config.num_dense_layers),
-                          (model.moe, config.num_moe_layers)):
-        if blocks is None:
-            continue
-        x_BTD, updated_LBSY = run_stack(
-            blocks,
-            x_BTD,
-            turns,
-            keep=lambda output: output.latent_BTY,
-            cache_LBSY=cache_LBSY[begin : begin + count],
-            start_B=start_B,
+@functools.partial(jax.jit, static_argnames=("config", "format", "draft", "dtype", "mesh"))
+def _begin(tokens_BS, length_B, limit_B, key, *, config, format, draft, dtype, mesh) -> Decoding:
+    def make(tokens_BS, length_B, limit_B, key):
+        B, S = tokens_BS.shape
+        zero = lambda: jnp.zeros((), jnp.int32)
+        return Decoding(
+            tokens_BS=tokens_BS,
+            length_B=length_B,
+            limit_B=limit_B,
+            done_B=jnp.zeros((B,), bool),
+            cache=empty_cache(config, B, S, format),
+            ahead=first_ahead(config, length_B, S, format, dtype) if draft else None,
+            key=key,
+            steps=zero(),
+            row_steps=zero(),
+            accepted=zero(),
+            lost=zero(),
         )
-        caches.append(updated_LBSY)
-        begin += count
-    x_BTD = rms_norm(x_BTD, model.final_norm_D[...], config.norm_eps)
-    return model.head(x_BTD), jnp.concatenate(caches)
+
+    return under_mesh(make, mesh)(tokens_BS, length_B, limit_B, key)
 
 
-def pick(logits_BV: Float[Array, "B V"], temperature: float, key: jax.Array) -> jax.Array:
-    """The next token of each row: the most likely, or a draw from softmax(logits / temperature)."""
-    if temperature == 0.0:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    return jax.random.categorical(key, logits_BV / temperature, axis=-1).astype(jnp.int32)
+@functools.partial(jax.jit, static_argnames="mesh", donate_argnames="state")
+def _prefill(model, state, begin, *, mesh):
+    return under_mesh(prefill, mesh)(model, state, begin)
 
 
-def stream(
-    model: Model,
-    prompt_BT: jax.typing.ArrayLike,
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    key: jax.Array | None = None,
-) -> Iterator[np.ndarray]:
-    """Yields int32 [B] new tokens one after another; two programs are compiled in all."""
-    prompt_BT = jnp.asarray(prompt_BT, jnp.int32)
-    check_prompt(model.config, prompt_BT, max_new_tokens, temperature, key)
-    B, T = prompt_BT.shape
-    key = jax.random.key(0) if key is None else key
-    cache = empty_cache(model.config, B, T + max_new_tokens, DTYPES[model.precision.activations])
-    token_B, cache = _first(model, prompt_BT, cache, jax.random.fold_in(key, 0), temperature)
-    yield np.asarray(token_B)
-    for n in range(1, max_new_tokens):
-        start_B = jnp.full((B,), T + n - 1, jnp.int32)
-        token_B, cache = _next(
-            model, token_B, cache, start_B, jax.random.fold_in(key, n), temperature
-        )
-        yield np.asarray(token_B)
+@functools.partial(jax.jit, static_argnames="mesh", donate_argnames="state")
+def _advance(model, state, sampling, stop_N, steps, *, mesh):
+    state = under_mesh(advance, mesh)(model, state, sampling, stop_N, steps)
+    # Copies, so that the state can be donated before they are fetched.
+    return state, tuple(map(jnp.copy, (state.tokens_BS, state.length_B, state.done_B)))
+
+
+def capacity_of(num_tokens: int) -> int:
+    """The power of two that holds so many tokens."""
+    return max(SMALLEST_CAPACITY, 1 << (num_tokens - 1).bit_length())
+
+
+# What users call.
 
 
 def generate(
@@ -100,49 +96,174 @@ def generate(
     prompt_BT: jax.typing.ArrayLike,
     *,
     max_new_tokens: int,
+    lengths_B: Sequence[int] | np.ndarray | None = None,
     temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    stop: Sequence[int] = (),
+    pad: int = 0,
+    draft: bool = False,
     key: jax.Array | None = None,
-) -> Int[Array, "B N"]:
+    cache_format: str | None = None,
+) -> Int[np.ndarray, "B N"]:
     """The continuation of each prompt: int32 [B, max_new_tokens], the new tokens alone.
 
-    Greedy at temperature 0; a temperature above 0 needs a `key`.
+    Args:
+      lengths_B: tokens of each prompt, which begin its row; all of it by default.
+      temperature: 0 takes the most likely token; above 0 a `key` is needed.
+      stop: tokens after which a text ends; the rest of its row is `pad`.
+      draft: have the MTP modules propose tokens and the model verify them: what is generated, or
+        how it is distributed, stays the same.
+      cache_format: "bf16", "fp8" (tiles) or "fp32"; by default that of activations.
 
     Raises:
-      ValueError: an empty prompt, a token outside the vocabulary, or more tokens than max_length.
+      ValueError: a prompt, a length, a token or a rule of drawing that cannot be followed.
     """
-    tokens = stream(
-        model, prompt_BT, max_new_tokens=max_new_tokens, temperature=temperature, key=key
-    )
-    return jnp.stack([jnp.asarray(token_B) for token_B in tokens], axis=1)
+    return generate_with_report(
+        model, prompt_BT, max_new_tokens=max_new_tokens, lengths_B=lengths_B,
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, stop=stop, pad=pad,
+        draft=draft, key=key, cache_format=cache_format,
+    )[0]  # fmt: skip
 
 
-def check_prompt(config: ModelConfig, prompt_BT, max_new_tokens, temperature, key) -> None:
+def generate_with_report(model: Model, prompt_BT, **options) -> tuple[np.ndarray, Report]:
+    """As `generate`, and what it took."""
+    text = _Text(model, prompt_BT, **options)
+    tokens_BS, length_B, _ = text.advance(ALL_STEPS)
+    return text.new_tokens(tokens_BS, length_B), text.report()
+
+
+class Stream:
+    """As `generate`, but an iterator of int32 [B]: the next token of each text as it is known.
+
+    Ends when all texts have ended; raises, like `generate`, when it is made.
+    """
+
+    def __init__(self, model: Model, prompt_BT, **options):
+        self._text = _Text(model, prompt_BT, **options)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        text, shown = self._text, 0
+        while True:
+            tokens_BS, length_B, done_B = text.advance(1)
+            new_BN = text.new_tokens(tokens_BS, length_B)
+            known_B = length_B - text.lengths_B
+            known = int(known_B.max() if done_B.all() else known_B[~done_B].min())
+            for n in range(shown, known):
+                yield new_BN[:, n]
+            shown = max(shown, known)
+            if done_B.all():
+                return
+
+    @property
+    def report(self) -> Report:
+        """What the tokens so far took."""
+        return self._text.report()
+
+
+class _Text:
+    """A generation in progress, seen from the host."""
+
+    def __init__(
+        self, model, prompt_BT, *, max_new_tokens, lengths_B=None, temperature=0.0, top_k=None,
+        top_p=None, min_p=None, stop=(), pad=0, draft=False, key=None, cache_format=None,
+    ):  # fmt: skip
+        config = model.config
+        prompt_BT, self.lengths_B = check_prompt(
+            config, prompt_BT, lengths_B, max_new_tokens, stop
+        )
+        if temperature > 0.0 and key is None:
+            raise ValueError(f"{temperature=} draws at random: pass key=jax.random.key(seed)")
+        if draft and not config.num_mtp:
+            raise ValueError("draft=True needs a model with MTP modules: this one has num_mtp=0")
+        self._sampling = Sampling.of(temperature, top_k, top_p, min_p)
+        self._model = model
+        # Inside a scope the mesh and its use are given.
+        self._mesh = None if current_mesh() is not None else mesh_of(model)
+        # No token is -1: so few programs serve any number of stop tokens.
+        self._stop = np.full((-(-max(len(stop), 1) // 8) * 8,), -1, np.int32)
+        self._stop[: len(stop)] = stop
+        self._depth = config.num_mtp if draft else 0
+        self.max_new_tokens, self.pad = max_new_tokens, pad
+        longest = int(self.lengths_B.max())
+        capacity = capacity_of(longest + max_new_tokens + self._depth + 1)
+        tokens_BS = np.zeros((prompt_BT.shape[0], capacity), np.int32)
+        tokens_BS[:, : prompt_BT.shape[1]] = prompt_BT
+        format = model.precision.activations if cache_format is None else cache_format
+        self._state = _begin(
+            tokens_BS, self.lengths_B, self.lengths_B + np.int32(max_new_tokens),
+            jax.random.key(0) if key is None else key, config=config, format=format, draft=draft,
+            dtype=model.dtype, mesh=self._mesh,
+        )  # fmt: skip
+        self._cache_bytes = self._state.cache.num_bytes
+        if draft:
+            self._cache_bytes += self._state.ahead.cache.num_bytes
+        # The last token of a prompt is read by the first step.
+        for begin in range(0, longest - 1, chunk_width(capacity)):
+            self._state = _prefill(model, self._state, np.int32(begin), mesh=self._mesh)
+
+    def advance(self, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens, lengths and which texts are done after up to so many steps."""
+        self._state, seen = _advance(
+            self._model, self._state, self._sampling, self._stop, np.int32(steps), mesh=self._mesh
+        )
+        lost = int(self._state.lost)
+        if lost:
+            raise ValueError(
+                f"dispatch had no room for {lost} choices of experts: decode fewer texts at once"
+            )
+        return tuple(map(np.asarray, seen))
+
+    def new_tokens(self, tokens_BS: np.ndarray, length_B: np.ndarray) -> np.ndarray:
+        """int32 [B, max_new_tokens], `pad` where nothing is known or to come."""
+        at_BN = self.lengths_B[:, None] + np.arange(self.max_new_tokens)[None, :]
+        new_BN = np.take_along_axis(tokens_BS, at_BN, axis=1)
+        return np.where(at_BN < length_B[:, None], new_BN, np.int32(self.pad))
+
+    def report(self) -> Report:
+        state = self._state
+        return Report(
+            tokens=int((np.asarray(state.length_B) - self.lengths_B).sum()),
+            steps=int(state.steps),
+            row_steps=int(state.row_steps),
+            accepted=int(state.accepted),
+            draft_depth=self._depth,
+            cache_bytes=self._cache_bytes,
+        )
+
+
+def mesh_of(model: Model) -> jax.sharding.Mesh | None:
+    """The mesh that a model's weights lie on; None for one device."""
+    sharding = getattr(model.embed_VD[...], "sharding", None)
+    on_mesh = isinstance(sharding, jax.sharding.NamedSharding) and sharding.mesh.size > 1
+    return sharding.mesh if on_mesh else None
+
+
+def check_prompt(
+    config: ModelConfig, prompt_BT, lengths_B, max_new_tokens: int, stop: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts with 0 after their ends, and their lengths; a ValueError where there is an error."""
+    prompt_BT = np.asarray(prompt_BT)
     if prompt_BT.ndim != 2 or 0 in prompt_BT.shape:
         raise ValueError(f"prompt of shape {prompt_BT.shape} must be [B, T] with B, T >= 1")
+    if not np.issubdtype(prompt_BT.dtype, np.integer):
+        raise ValueError(f"prompt of dtype {prompt_BT.dtype} must hold whole numbers")
+    B, T = prompt_BT.shape
+    lengths_B = np.full((B,), T) if lengths_B is None else np.asarray(lengths_B)
+    if lengths_B.shape != (B,) or not ((lengths_B >= 1) & (lengths_B <= T)).all():
+        raise ValueError(f"lengths_B={lengths_B.tolist()} must be {B} numbers from 1 to {T}")
     if max_new_tokens < 1:
         raise ValueError(f"{max_new_tokens=} must be at least 1")
-    if prompt_BT.shape[1] + max_new_tokens > config.max_length:
+    longest = int(lengths_B.max())
+    if longest + max_new_tokens > config.max_length:
         raise ValueError(
-            f"prompt of {prompt_BT.shape[1]} tokens + {max_new_tokens=} exceeds "
+            f"prompt of {longest} tokens + {max_new_tokens=} exceeds "
             f"max_length={config.max_length}"
         )
-    low, high = int(prompt_BT.min()), int(prompt_BT.max())
-    if low < 0 or high >= config.vocab_size:
-        bad = low if low < 0 else high
-        raise ValueError(f"prompt token {bad} is outside 0..{config.vocab_size - 1}")
-    if temperature < 0.0:
-        raise ValueError(f"{temperature=} must not be negative")
-    if temperature > 0.0 and key is None:
-        raise ValueError(f"{temperature=} draws at random: pass key=jax.random.key(seed)")
-
-
-@functools.partial(jax.jit, static_argnames="temperature", donate_argnums=2)
-def _first(model, prompt_BT, cache_LBSY, key, temperature):
-    logits_BV, cache_LBSY = prefill(model, prompt_BT, cache_LBSY)
-    return pick(logits_BV, temperature, key), cache_LBSY
-
-
-@functools.partial(jax.jit, static_argnames="temperature", donate_argnums=2)
-def _next(model, token_B, cache_LBSY, start_B, key, temperature):
-    logits_BTV, cache_LBSY = decode(model, token_B[:, None], cache_LBSY, start_B)
-    return pick(logits_BTV[:, 0], temperature, key), cache_LBSY
+    prompt_BT = np.where(np.arange(T)[None, :] < lengths_B[:, None], prompt_BT, 0)
+    for what, tokens in (("prompt", prompt_BT), ("stop", np.asarray(stop, np.int64))):
+        outside = tokens[(tokens < 0) | (tokens >= config.vocab_size)]
+        if outside.size:
+            raise ValueError(f"{what} token {outside[0]} is outside 0..{config.vocab_size - 1}")
+    return prompt_BT[:, :longest].astype(np.int32), lengths_B.astype(np.int32)

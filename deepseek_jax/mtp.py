@@ -35,6 +35,14 @@ class MTP(nnx.Module):
         The join is [norm(embedding); norm(hidden)] with the hidden state taken after the final
         norm: the order of the released weights, not the one printed in eq. 21.
         """
+        x_BTD = self.join(hidden_BTD, embedded_BTD)
+        x_BTD, output = self.block(
+            x_BTD, rotations_BTr, segments_BT=segments_BT, valid_BT=valid_BT
+        )
+        return rms_norm(x_BTD, self.final_norm_D[...], self.config.norm_eps), output.load
+
+    def join(self, hidden_BTD, embedded_BTD) -> jax.Array:
+        """M_k [norm(embedding); norm(hidden)] (V3 eq. 21)."""
         eps = self.config.norm_eps
         joined_BTZ = jnp.concatenate(
             (
@@ -43,11 +51,7 @@ class MTP(nnx.Module):
             ),
             axis=-1,
         )
-        x_BTD = linear("BTZ,DZ->BTD", joined_BTZ, self.w_join_DZ[...])
-        x_BTD, output = self.block(
-            x_BTD, rotations_BTr, segments_BT=segments_BT, valid_BT=valid_BT
-        )
-        return rms_norm(x_BTD, self.final_norm_D[...], eps), output.load
+        return linear("BTZ,DZ->BTD", joined_BTZ, self.w_join_DZ[...])
 
 
 def modules(config: ModelConfig, *, rngs: nnx.Rngs) -> MTP | None:

@@ -20,7 +20,7 @@ import tyro
 from deepseek_jax.checkpoint import Checkpoints
 from deepseek_jax.config import Precision, Run, Schedule, to_json
 from deepseek_jax.counts import param_counts
-from deepseek_jax.generate import stream
+from deepseek_jax.generate import Stream
 from deepseek_jax.training import TrainState
 from experiments.command_line import program
 from experiments.data import TokenShards, is_shards, prepare, text_bytes
@@ -338,7 +338,7 @@ def continue_text(run: Run, state: TrainState, tokenizer, prompt: str, *, seed: 
     new = []
     room = min(SAMPLE_TOKENS, run.config.max_length - len(tokens))
     model = trained_model(run, state)
-    for token_B in stream(
+    for token_B in Stream(
         model, np.asarray(tokens, np.int32)[None], max_new_tokens=room, temperature=0.7,
         key=jax.random.key(seed),
     ):

@@ -1,7 +1,6 @@
 """Claims on memory and size: the cache of table 1, and the parameters of the models."""
 
 import dataclasses
-import math
 
 import jax
 
@@ -20,8 +19,8 @@ GQA = {
 def latent_cache(**changes: int) -> float:
     """Kilobytes that DeepSeek-V3 caches for a token, read off its abstract cache in BF16."""
     config = dataclasses.replace(configs.deepseek_v3(), **changes)
-    cache_LBSY = jax.eval_shape(lambda: empty_cache(config, batch=1, length=1))
-    return math.prod(cache_LBSY.shape) * cache_LBSY.dtype.itemsize / 1000
+    cache = jax.eval_shape(lambda: empty_cache(config, batch=1, length=1))
+    return cache.num_bytes / 1000
 
 
 def grouped_cache(*, layers: int, groups: int, head_dim: int) -> float:

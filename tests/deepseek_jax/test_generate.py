@@ -1,4 +1,5 @@
-"""Expanded and absorbed attention agree, the cache's size, and generated tokens."""
+"""Expanded and absorbed attention agree, the cache's formats, and generated tokens, drafted or not.
+"""
 
 import dataclasses
 
@@ -9,9 +10,17 @@ import pytest
 from flax import nnx
 
 import deepseek_jax as ds
-from deepseek_jax import training
+from deepseek_jax import latent_cache, training
 from deepseek_jax.config import Yarn
-from deepseek_jax.generate import _first, _next, decode, empty_cache, pick, prefill
+from deepseek_jax.decoding import decode
+from deepseek_jax.generate import (
+    Stream,
+    _advance,
+    _begin,
+    _prefill,
+    generate_with_report,
+)
+from deepseek_jax.latent_cache import empty_cache
 from deepseek_jax.rope import frequencies
 from tests.configs import TINY, compiled, make_run
 from tests.oracle import weights
@@ -41,19 +50,20 @@ def logits(request):
     def compute(params):
         model = make_model(config, params)
         full_BTV, _ = model(tokens_BT)
-        cache = empty_cache(config, B, T + 3, jnp.float32)
-        first_BV, cache = prefill(model, tokens_BT[:, :PROMPT], cache)
+        cache = empty_cache(config, B, T + 3, "fp32")
+        start = lambda position: jnp.full((B,), position, jnp.int32)
+        first_BTD, cache, _ = decode(model, tokens_BT[:, :PROMPT], cache, start(0))
 
         def one(cache, position):
             token_B1 = jax.lax.dynamic_slice_in_dim(tokens_BT, position, 1, axis=1)
-            start_B = jnp.full((B,), position, jnp.int32)
-            logits_B1V, cache = decode(model, token_B1, cache, start_B)
-            return cache, logits_B1V[:, 0]
+            hidden_B1D, cache, _ = decode(model, token_B1, cache, start(position))
+            return cache, model.head(hidden_B1D)[:, 0]
 
         after, one_TBV = jax.lax.scan(one, cache, jnp.arange(PROMPT, T, dtype=jnp.int32))
-        start_B = jnp.full((B,), PROMPT, jnp.int32)
-        block_BTV, block_cache = decode(model, tokens_BT[:, PROMPT:], cache, start_B)
-        return full_BTV, first_BV, jnp.moveaxis(one_TBV, 0, 1), block_BTV, after, block_cache
+        block_BTD, block_cache, _ = decode(model, tokens_BT[:, PROMPT:], cache, start(PROMPT))
+        first_BTV, block_BTV = model.head(first_BTD), model.head(block_BTD)
+        caches = after.latent_LBSY, block_cache.latent_LBSY
+        return full_BTV, first_BTV[:, -1], jnp.moveaxis(one_TBV, 0, 1), block_BTV, *caches
 
     params = weights.make_weights(config, seed=0)
     return jax.device_get(compiled(compute, params)(params))
@@ -94,8 +104,12 @@ def test_yarn_changes_the_logits():
 
 def test_the_cache_of_v3_takes_70272_bytes_a_token():
     config = ds.configs.deepseek_v3()
-    cache = jax.eval_shape(lambda: empty_cache(config, 1, 1))
-    assert cache.size * cache.dtype.itemsize == 70_272
+    in_bf16, in_fp8 = (
+        jax.eval_shape(lambda f=f: empty_cache(config, 1, 1, f)).num_bytes for f in ("bf16", "fp8")
+    )
+    assert in_bf16 == 70_272
+    # 512 codes, 4 scales, 64 elements of the rotated key.
+    assert in_fp8 == 61 * (512 + 4 * 4 + 64 * 2)
 
 
 def test_what_v3_caches_of_a_prompt_is_the_formula():
@@ -106,77 +120,175 @@ def test_what_v3_caches_of_a_prompt_is_the_formula():
     assert latent_LBTY.size * latent_LBTY.dtype.itemsize == 5 * 70_272
 
 
-# Tokens.
+def test_tiles_of_the_cache_hold_three_bits_of_mantissa(relative_error):
+    latent_BTC = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 300)), jnp.float32)
+    codes, scale = latent_cache.encode(latent_BTC)
+    assert scale.shape == (2, 3, 3)
+    error = jnp.abs(latent_cache.decode(codes, scale) - latent_BTC)
+    assert (error <= jnp.maximum(jnp.abs(latent_BTC) / 16, 0.01)).all()
+    assert 0.005 < relative_error(latent_cache.decode(codes, scale), latent_BTC) < 0.04
+
+
+# Tokens. A vocabulary so small that random MTP modules often guess right.
+
+SMALL = dataclasses.replace(
+    PLAIN, vocab_size=5, model_dim=16, num_layers=2, num_heads=2, content_head_dim=6,
+    rotary_head_dim=4, value_head_dim=5, query_latent_dim=12, kv_latent_dim=8, dense_ffn_dim=20,
+    expert_ffn_dim=6, num_experts=4, num_shared_experts=1, experts_per_token=2, num_groups=1,
+    groups_per_token=1, num_mtp=2, max_length=128,
+)  # fmt: skip
+LENGTHS_B = np.array([9, 4, 1], np.int32)
+NEW = 24
 
 
 @pytest.fixture(scope="module")
 def model():
-    config = dataclasses.replace(PLAIN, num_layers=2, num_dense_layers=0)
-    return make_model(config, jax.tree.map(jnp.asarray, weights.make_weights(config, seed=0)))
+    return make_model(SMALL, jax.tree.map(jnp.asarray, weights.make_weights(SMALL, seed=0)))
 
 
 @pytest.fixture(scope="module")
 def prompt_BT():
-    return jnp.asarray(weights.make_tokens(1, PLAIN.vocab_size, (B, 5)))
+    return weights.make_tokens(1, SMALL.vocab_size, (3, 9))
+
+
+@pytest.fixture(scope="module")
+def full_pass(model):
+    """Main and first MTP logits of texts of one length, by one program."""
+    program = compiled(lambda m, x: (m(x, mtp=True)[0], m(x, mtp=True)[1].mtp_logits),
+                       model, jnp.zeros((3, 9 + NEW), jnp.int32))  # fmt: skip
+    return lambda tokens_BT: jax.tree.map(np.asarray, program(model, jnp.asarray(tokens_BT)))
+
+
+def whole(prompt_BT, new_BN):
+    """Each prompt and its continuation in one row, 0 behind."""
+    rows = np.zeros((3, 9 + NEW), np.int32)
+    for row, prompt, length, new in zip(rows, prompt_BT, LENGTHS_B, new_BN, strict=True):
+        row[: length + NEW] = np.concatenate((prompt[:length], new))
+    return rows
 
 
 @pytest.fixture(scope="module")
 def greedy(model, prompt_BT):
-    """Greedy tokens, and how many programs `generate` compiled to find them."""
-    before = programs()
-    tokens_BN = ds.generate(model, prompt_BT, max_new_tokens=6)
-    return tokens_BN, [after - b for after, b in zip(programs(), before, strict=True)]
+    """Greedy tokens of prompts of different lengths."""
+    return ds.generate(model, prompt_BT, lengths_B=LENGTHS_B, max_new_tokens=NEW)
+
+
+@pytest.fixture(scope="module")
+def drafted(model, prompt_BT):
+    """The same with drafts, and the report."""
+    return generate_with_report(
+        model, prompt_BT, lengths_B=LENGTHS_B, max_new_tokens=NEW, draft=True
+    )
 
 
 def programs():
-    return _first._cache_size(), _next._cache_size()
+    return [f._cache_size() for f in (_begin, _prefill, _advance)]
 
 
-def test_greedy_tokens_are_the_most_likely_of_a_full_pass(model, prompt_BT, greedy):
-    tokens_BN, _ = greedy
-    assert tokens_BN.shape == (B, 6) and tokens_BN.dtype == jnp.int32
-    whole_BT = jnp.concatenate((prompt_BT, tokens_BN), axis=1)
-    logits_BTV, _ = compiled(lambda m, x: m(x), model, whole_BT)(model, whole_BT)
-    np.testing.assert_array_equal(jnp.argmax(logits_BTV[:, 4:-1], axis=-1), tokens_BN)
+def test_greedy_tokens_are_the_most_likely_of_a_full_pass(prompt_BT, greedy, full_pass):
+    assert greedy.shape == (3, NEW) and greedy.dtype == np.int32
+    logits_BTV, _ = full_pass(whole(prompt_BT, greedy))
+    for row, (length, logits_TV) in enumerate(zip(LENGTHS_B, logits_BTV, strict=True)):
+        best = logits_TV[length - 1 : length - 1 + NEW].argmax(-1)
+        np.testing.assert_array_equal(greedy[row], best)
 
 
-def test_two_programs_are_compiled_for_any_number_of_tokens(greedy):
-    _, new_programs = greedy
-    assert new_programs == [1, 1]
+def test_drafting_changes_no_token(greedy, drafted):
+    np.testing.assert_array_equal(drafted[0], greedy)
 
 
-def test_a_second_call_compiles_nothing_and_gives_the_same(model, prompt_BT, greedy):
+def test_drafts_are_what_the_mtp_modules_predict_of_the_text(
+    prompt_BT, greedy, drafted, full_pass
+):
+    # Drafts by the training pass of both modules over the final text: where the first is right the
+    # second has seen the true tokens, so the steps that drafting takes can be told from it.
+    _, (first_BTV, second_BTV) = full_pass(whole(prompt_BT, greedy))
+    steps = accepted = 0
+    for row, length in enumerate(LENGTHS_B):
+        text = np.concatenate((prompt_BT[row, :length], greedy[row]))
+        known = int(length)
+        while known < len(text):
+            guesses = [b[row, known - 2].argmax() for b in (first_BTV, second_BTV)]
+            held = 0
+            while held < 2 and known + held < len(text) and guesses[held] == text[known + held]:
+                held += 1
+            steps += 1
+            accepted += held
+            known += held + 1
+    report = drafted[1]
+    assert steps <= report.row_steps and accepted <= report.accepted + 2
+
+
+def test_a_report_counts_steps_and_accepted_drafts(drafted):
+    tokens, report = drafted
+    assert report.draft_depth == 2 and report.tokens == tokens.size
+    # Every step of a text adds one token beside the accepted ones; the last may be cut short.
+    assert report.tokens <= report.row_steps + report.accepted <= report.tokens + 3
+    assert report.accepted > 3 and report.tokens_per_step > 1.1
+    assert report.acceptance == report.accepted / (2 * report.row_steps)
+    layers = SMALL.num_layers + 2
+    assert report.cache_bytes == layers * 3 * 256 * SMALL.cache_dim * 4
+
+
+def test_any_mix_of_lengths_needs_the_same_three_programs(model, prompt_BT, greedy):
     before = programs()
-    again = ds.generate(model, prompt_BT, max_new_tokens=6)
+    draw = np.random.default_rng(0)
+    for longest in (1, 5, 40, 100):
+        prompts = draw.integers(0, SMALL.vocab_size, (3, longest))
+        lengths = draw.integers(1, longest + 1, 3)
+        ds.generate(model, prompts, lengths_B=lengths, max_new_tokens=int(draw.integers(1, 28)))
     assert programs() == before
-    np.testing.assert_array_equal(again, greedy[0])
 
 
-def test_draws_follow_the_softmax_at_their_temperature():
-    temperature, draws = 1.5, 4000
-    logits_V = jnp.array([2.0, 1.0, 0.0, -1.0, 0.5])
-    keys = jax.random.split(jax.random.key(0), draws)
-    draw = jax.vmap(lambda key: pick(logits_V[None], temperature, key)[0])
-    counts = np.bincount(np.asarray(draw(keys)), minlength=5)
-    p = np.exp(np.asarray(logits_V) / temperature)
-    expected = draws * p / p.sum()
-    # 99.9 % of chi-square with 4 degrees of freedom.
-    assert ((counts - expected) ** 2 / expected).sum() < 18.5
-
-
-def test_temperature_0_is_the_most_likely_token():
-    logits_BV = jnp.array([[0.0, 3.0, 1.0], [5.0, 0.0, 1.0]])
-    assert pick(logits_BV, 0.0, jax.random.key(0)).tolist() == [1, 0]
-
-
-def test_draws_are_decided_by_the_key(model, prompt_BT):
-    draw = lambda seed: np.asarray(
-        ds.generate(model, prompt_BT, max_new_tokens=6, temperature=2.0, key=jax.random.key(seed))
+def test_texts_do_not_depend_on_their_neighbours(model, prompt_BT, greedy):
+    others = np.roll(prompt_BT, 1, axis=0)
+    again = ds.generate(
+        model, others, lengths_B=np.roll(LENGTHS_B, 1), max_new_tokens=NEW
     )
-    first = draw(0)
-    np.testing.assert_array_equal(first, draw(0))
-    assert (first != draw(1)).any()
-    assert ((0 <= first) & (first < PLAIN.vocab_size)).all()
+    np.testing.assert_array_equal(np.roll(again, -1, axis=0), greedy)
+
+
+@pytest.mark.parametrize("draft", [False, True], ids=["plain", "drafted"])
+def test_after_a_stop_comes_padding(model, prompt_BT, greedy, draft):
+    stop = int(greedy[0, 5])
+    tokens = ds.generate(
+        model, prompt_BT, lengths_B=LENGTHS_B, max_new_tokens=NEW, stop=(stop,), pad=-7,
+        draft=draft,
+    )  # fmt: skip
+    for row, unstopped in zip(tokens, greedy, strict=True):
+        end = list(unstopped).index(stop) + 1 if stop in unstopped else NEW
+        np.testing.assert_array_equal(row[:end], unstopped[:end])
+        assert (row[end:] == -7).all()
+
+
+@pytest.mark.parametrize("draft", [False, True], ids=["plain", "drafted"])
+def test_streaming_yields_the_same_tokens_one_after_another(model, prompt_BT, greedy, draft):
+    options = dict(lengths_B=LENGTHS_B, max_new_tokens=NEW, draft=draft)
+    tokens = list(Stream(model, prompt_BT, **options))
+    np.testing.assert_array_equal(np.stack(tokens, axis=1), greedy)
+
+
+def test_draws_are_decided_by_the_key_and_their_values_need_no_program(model, prompt_BT):
+    def tokens(seed, temperature=2.0, **rules):
+        return ds.generate(
+            model, prompt_BT, lengths_B=LENGTHS_B, max_new_tokens=NEW, temperature=temperature,
+            key=jax.random.key(seed), **rules,
+        )  # fmt: skip
+
+    first = tokens(0)
+    before = programs()
+    np.testing.assert_array_equal(first, tokens(0))
+    assert (first != tokens(1)).any() and (first != tokens(0, temperature=0.5)).any()
+    assert programs() == before
+    assert ((0 <= first) & (first < SMALL.vocab_size)).all()
+
+
+def test_top_1_is_greedy(model, prompt_BT, greedy):
+    tokens = ds.generate(
+        model, prompt_BT, lengths_B=LENGTHS_B, max_new_tokens=NEW, temperature=3.0, top_k=1,
+        key=jax.random.key(0),
+    )  # fmt: skip
+    np.testing.assert_array_equal(tokens, greedy)
 
 
 @pytest.mark.parametrize(
@@ -184,15 +296,29 @@ def test_draws_are_decided_by_the_key(model, prompt_BT):
     [
         ([[]], {}, r"prompt of shape \(1, 0\) must be \[B, T\] with B, T >= 1"),
         ([1, 2], {}, r"prompt of shape \(2,\) must be"),
-        ([[1, 104]], {}, r"prompt token 104 is outside 0..103"),
-        ([[1, -1]], {}, r"prompt token -1 is outside 0..103"),
+        ([[1.0, 2.0]], {}, "prompt of dtype float64 must hold whole numbers"),
+        ([[1, 5]], {}, r"prompt token 5 is outside 0..4"),
+        ([[1, -1]], {}, r"prompt token -1 is outside 0..4"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
-        ([[1] * 60], {"max_new_tokens": 5}, "60 tokens . max_new_tokens=5 exceeds max_length=64"),
-        ([[1]], {"temperature": -1.0}, "temperature=-1.0 must not be negative"),
+        ([[1] * 124], {"max_new_tokens": 5}, "124 tokens . max_new_tokens=5 exceeds max_length=1"),
+        ([[1, 2]], {"lengths_B": [3]}, r"lengths_B=\[3\] must be 1 numbers from 1 to 2"),
+        ([[1, 2]], {"lengths_B": [1, 2]}, r"lengths_B=\[1, 2\] must be 1 numbers"),
+        ([[1]], {"stop": (5,)}, "stop token 5 is outside 0..4"),
+        ([[1]], {"temperature": -1.0}, "temperature=-1.0 must be 0 or positive"),
         ([[1]], {"temperature": 1.0}, r"pass key=jax.random.key\(seed\)"),
+        ([[1]], {"top_k": 0}, "top_k=0 must be at least 1"),
+        ([[1]], {"top_p": 0.0}, "top_p=0.0 must be above 0"),
+        ([[1]], {"min_p": 1.5}, "min_p=1.5 must be between 0 and 1"),
+        ([[1]], {"cache_format": "int4"}, "unknown cache format 'int4'"),
     ],
-    ids=["empty", "one-row", "large-id", "negative-id", "no-tokens", "too-long", "cold", "no-key"],
 )
-def test_prompts_that_cannot_be_continued_are_refused(model, prompt, changes, message):
+def test_what_cannot_be_continued_is_refused(model, prompt, changes, message):
     with pytest.raises(ValueError, match=message):
-        ds.generate(model, np.asarray(prompt, np.int32), **{"max_new_tokens": 2, **changes})
+        ds.generate(model, np.asarray(prompt), **{"max_new_tokens": 2, **changes})
+
+
+def test_drafting_needs_mtp_modules():
+    config = dataclasses.replace(SMALL, num_mtp=0)
+    plain = make_model(config, weights.make_weights(config, seed=0))
+    with pytest.raises(ValueError, match="draft=True needs a model with MTP modules"):
+        ds.generate(plain, np.ones((1, 2), np.int32), max_new_tokens=2, draft=True)
