@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 
 
 class Target(NamedTuple):
@@ -68,11 +69,34 @@ def transpose(ref):
     return ref.transpose((1, 0)) if hasattr(ref, "transpose") else plgpu.transpose_ref(ref, (1, 0))
 
 
-def load(ref, layout):
-    """The whole reference in registers, in the given layout."""
+def load(ref, layout, *, optimized=True):
+    """The whole reference in registers, in the given layout; optimized: free of bank conflicts."""
     if jax.__version_info__ < (0, 11):
-        return plgpu.load(ref, (), layout=layout)
-    return plgpu.load(ref, layout=layout)
+        return plgpu.load(ref, (), layout=layout, optimized=optimized)
+    return plgpu.load(ref, layout=layout, optimized=optimized)
+
+
+def concatenate_columns(pieces):
+    """Arrays in registers side by side, each in the layout of WGMMA results."""
+    if jax.__version_info__ >= (0, 11):
+        return jnp.concatenate(pieces, axis=1)
+    from jax.experimental.mosaic.gpu import fragmented_array
+
+    shape = (pieces[0].shape[0], sum(piece.shape[1] for piece in pieces))
+    layout = plgpu.Layout.WGMMA
+    join = plgpu.inline_mgpu(
+        arg_types=(layout,) * len(pieces),
+        return_type=plgpu.ShapeDtypeStruct(shape, pieces[0].dtype, layout),
+    )
+
+    @join
+    def joined(_, *arrays):
+        registers = np.concatenate([array.registers for array in arrays], axis=1)
+        return fragmented_array.FragmentedArray(
+            _registers=registers, _layout=arrays[0].layout, _is_signed=arrays[0].is_signed
+        )
+
+    return joined(*pieces)
 
 
 def compute_registers(warpgroups: int, memory_registers: int) -> int:
@@ -91,11 +115,13 @@ def varying_like(operand, array):
     return jax.lax.pcast(array, axes, to="varying") if axes else array
 
 
-def launch(body, *, name, interpret=None, **kernel_args):
+def launch(body, *, name, interpret=None, approx_math=False, **kernel_args):
     """`plgpu.kernel` with the semantics our kernels are written for: one thread of control per
     warpgroup, barriers placed by hand."""
     params = plgpu.CompilerParams(
-        lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=interpret is None
+        lowering_semantics=plgpu.LoweringSemantics.Lane,
+        unsafe_no_auto_barriers=interpret is None,
+        approx_math=approx_math,
     )
     extra = {} if interpret is None else {"interpret": interpret}
     # The name under which profiles and programs list the kernel.
