@@ -98,22 +98,40 @@ def save_huggingface(model: Model, path: str | os.PathLike, *, format: Format = 
 
 
 class complete_folder:
-    """A folder that gets its name when the block ends well, and is removed when it does not."""
+    """A folder that gets its name when the block ends well, and is removed when it does not.
 
-    def __init__(self, path: Path):
+    With a plan (of JSON values) what a killed process left of the same plan is kept, to go on
+    with; an error then leaves it, too.
+    """
+
+    def __init__(self, path: Path, *, plan: object = None):
         if path.exists():
             raise ValueError(f"{path} exists already: name another folder")
-        self._path, self._partial = path, path.with_name(f".{path.name}.partial")
+        self._path, self._plan = path, plan
+        self._partial = path.with_name(f".{path.name}.partial")
+        self._record = self._partial / "plan.json"
 
     def __enter__(self) -> Path:
-        shutil.rmtree(self._partial, ignore_errors=True)
-        self._partial.mkdir(parents=True)
+        if not self._begun():
+            shutil.rmtree(self._partial, ignore_errors=True)
+            self._partial.mkdir(parents=True)
+            if self._plan is not None:
+                write_json(self._record, self._plan)
         return self._partial
+
+    def _begun(self) -> bool:
+        if self._plan is None or not self._record.is_file():
+            return False
+        try:
+            return json.loads(self._record.read_text()) == self._plan
+        except ValueError:
+            return False
 
     def __exit__(self, kind, error, trace) -> None:
         if kind is None:
+            self._record.unlink(missing_ok=True)
             os.replace(self._partial, self._path)
-        else:
+        elif self._plan is None:
             shutil.rmtree(self._partial, ignore_errors=True)
 
 

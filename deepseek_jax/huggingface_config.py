@@ -71,6 +71,13 @@ READ = frozenset(
     rope_parameters rope_scaling rope_theta scoring_func tie_word_embeddings topk_group topk_method
     """.split()
 )
+# What config.json says of FP8 blocks.
+QUANTIZATION = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": [128, 128],
+}
 YARN_FIELDS = frozenset(
     """
     attention_factor beta_fast beta_slow factor mscale mscale_all_dim
@@ -286,10 +293,5 @@ def config_record(config: ModelConfig, *, format: str) -> dict[str, Any]:
             bottom = yarn_mscale(yarn.factor, yarn.mscale_all_dim)
             record["rope_scaling"]["attention_factor"] = top / bottom
     if format == "fp8":
-        record["quantization_config"] = {
-            "activation_scheme": "dynamic",
-            "fmt": "e4m3",
-            "quant_method": "fp8",
-            "weight_block_size": [128, 128],
-        }
+        record["quantization_config"] = QUANTIZATION
     return dict(sorted(record.items()))

@@ -18,6 +18,12 @@ COMMANDS = {
         "stream text from a trained run",
         'runs/first --prompt "import "',
     ),
+    "convert": Command(
+        "experiments.convert",
+        "convert",
+        "released weights in another format, a run as released weights, and what they hold",
+        "DeepSeek-V3 DeepSeek-V3-bf16 --format bf16",
+    ),
     "eval": Command(
         "experiments.eval",
         "evaluate",
