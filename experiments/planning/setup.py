@@ -98,8 +98,10 @@ def refusal(run: Run, mesh: Mapping[str, int]) -> str | None:
             return f"tensor={tensor} must divide {name}={size}"
         whole = name == "num_heads" or run.precision.matmul != "fp8"
         if tensor > 1 and not whole and size // tensor % BLOCK:
-            legal = [n for n in range(1, size + 1) if size % (n * BLOCK) == 0]
-            near = min(legal, key=lambda n: abs(n - tensor)) if legal else 1
+            widths = [width for other, width in cut.items() if other != "num_heads"]
+            legal = [n for n in divisors(config.num_heads)
+                     if all(width % (n * BLOCK) == 0 for width in widths)]
+            near = min(legal, key=lambda n: abs(n - tensor), default=1)
             return (
                 f"tensor={tensor} cuts {name}={size} into parts of {size // tensor}, inside a "
                 f"block of {BLOCK}: the nearest that does not is tensor={near}"

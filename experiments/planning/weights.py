@@ -23,12 +23,13 @@ WHOLE = ("embed_VD", "head_VD")
 
 
 class Weight(NamedTuple):
-    """One parameter, its layers stacked."""
+    """One parameter, its layers stacked; mesh axes of size 1 are left out."""
 
     name: str  # dotted path
     shape: tuple[int, ...]
     stored: tuple[str, ...]  # mesh axes that masters, moments and gradients are split over
     computed: tuple[str, ...]  # those that products see it split over
+    mesh: tuple[str, ...]  # all of them
 
     @property
     def leaf(self) -> str:
@@ -56,7 +57,7 @@ class Weight(NamedTuple):
         """Axes over which its gradient is added up and stays whole."""
         # Sequences lie along the tensor axis, so devices of it have different tokens too.
         return tuple(
-            axis for axis in AXES if axis not in self.gathered and axis not in self.computed
+            axis for axis in self.mesh if axis not in self.gathered and axis not in self.computed
         )
 
     @property
@@ -98,11 +99,14 @@ def weights(config: ModelConfig, mesh: Mapping[str, int]) -> tuple[Weight, ...]:
 @functools.cache
 def _weights(config: ModelConfig, mesh: tuple[int, ...]) -> tuple[Weight, ...]:
     sizes, found = dict(zip(AXES, mesh, strict=True)), []
+    above = lambda axes: tuple(axis for axis in axes if sizes[axis] > 1)
     for name, shape in shapes(config):
         leaf = name.rpartition(".")[2]
-        split = lambda table, leaf=leaf, shape=shape: _axes(weight_spec(leaf, shape, table, sizes))
+        split = lambda table, leaf=leaf, shape=shape: above(
+            _axes(weight_spec(leaf, shape, table, sizes))
+        )
         computed: Table = () if leaf in WHOLE else COMPUTE
-        found.append(Weight(name, shape, split(STORE), split(computed)))
+        found.append(Weight(name, shape, split(STORE), split(computed), above(AXES)))
     return tuple(found)
 
 
