@@ -54,6 +54,12 @@ COMMANDS = {
         "every mesh of a recipe on a cluster: costed, the best compiled, ranked, drawn",
         "deepseek_v3 --cluster h200x2048",
     ),
+    "network": Command(
+        "experiments.network",
+        "network",
+        "what a network of switches costs and carries, whole or with parts broken",
+        "multi_plane --nodes 256 --routing ecmp",
+    ),
     "place": Command(
         "experiments.place",
         "place",

@@ -40,6 +40,12 @@ def cache_ratio(other: str, **changes: int) -> float:
     return grouped_cache(**GQA[other]) / latent_cache(**changes)
 
 
+def equal_groups(**changes: int) -> float:
+    """Groups of grouped-query attention, heads as wide as V3's, that cache as much as MLA."""
+    config = dataclasses.replace(configs.deepseek_v3(), **changes)
+    return config.cache_dim / (2 * config.content_head_dim)
+
+
 def parameters(**changes: int) -> dict[str, float]:
     """Billions of parameters, all and active, from the leaves of the abstract models."""
     found = {}
@@ -89,6 +95,17 @@ CLAIMS = (
         tolerance=ROUNDED,
         verdict=WRONG,
         how="The kilobytes in the same table give 516.096 / 70.272 = 7.344, not 7.28.",
+        otherwise=FEWER,
+    ),
+    Claim(
+        name="kv_cache_groups",
+        section="V2 report, 2.1.4",
+        says="groups of grouped-query attention that cache as much as MLA",
+        printed=2.25,
+        compute=equal_groups,
+        inputs=dict(kv_latent_dim=512, rotary_head_dim=64),
+        tolerance=ROUNDED,
+        how="C + R = 4.5 head widths against a key and a value of each group: 576 / (2 x 128).",
         otherwise=FEWER,
     ),
     Claim(

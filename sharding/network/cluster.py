@@ -69,18 +69,21 @@ class Cluster:
         """The cluster with switches, cables or endpoints broken."""
         return dataclasses.replace(self, topology=self.topology.without(**broken))
 
+    def hops(self) -> int:
+        """Cables between the switches of the two NICs of a number that are farthest apart."""
+        hops_SS, farthest = distances(self.topology), 0
+        for switch_M in self.topology.switch_E[self.endpoint_MI].T:
+            switch = np.unique(switch_M[switch_M >= 0])
+            hops = hops_SS[switch[:, None], switch]
+            farthest = max(farthest, int(hops[hops < FAR].max(initial=0)))
+        return farthest
+
     def latency(self) -> float:
         """Seconds of a small message between the two GPUs that are farthest apart.
 
         It goes from NIC i to NIC i, and over NVLink to a GPU of another number.
         """
-        hops_SS = distances(self.topology)
-        farthest = 0
-        for switch_M in self.topology.switch_E[self.endpoint_MI].T:
-            switch = np.unique(switch_M[switch_M >= 0])
-            hops = hops_SS[switch[:, None], switch]
-            farthest = max(farthest, int(hops[hops < FAR].max(initial=0)))
-        network = self.node.link.of(farthest + 1) if self.num_nodes > 1 else 0.0
+        network = self.node.link.of(self.hops() + 1) if self.num_nodes > 1 else 0.0
         return float(network + NVLINK.same_leaf * (self.node.gpus > 1))
 
 

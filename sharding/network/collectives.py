@@ -10,6 +10,7 @@ import numpy as np
 
 from sharding.network.cluster import Cluster
 from sharding.network.flows import Routes, finish_seconds
+from sharding.network.latency import NVLINK
 from sharding.network.routing import Policy, route
 
 
@@ -92,12 +93,13 @@ def ring(
     G, n = cluster.node.gpus, cluster.num_gpus
     routes = ring_routes(cluster, size_bytes, policy, order_M, parts, seed)
     hop_bytes = size_bytes / G * (n - 1) / n
-    # Steps follow each other, so their latencies add up: one NVLink or NIC message a step.
-    steps = (n - 1) * cluster.latency() if n > 1 else 0.0
+    # A piece passes through all GPUs but one: from node to node, and inside nodes.
+    between = cluster.node.link.of(cluster.hops() + 1)
+    M = cluster.num_nodes
     return Timing(
         network=finish_seconds(routes, cluster.capacity_L),
         nvlink=(G - 1) * hop_bytes / cluster.node.nvlink_rate,
-        latency=steps,
+        latency=(M - 1) * between + (n - M) * NVLINK.same_leaf,
         bytes_per_gpu=size_bytes,
     )
 

@@ -6,8 +6,7 @@ import numpy as np
 
 from sharding.network.cluster import Cluster
 from sharding.network.collectives import exchange
-from sharding.network.flows import finish_seconds
-from sharding.network.paths import FAR, distances
+from sharding.network.flows import load
 from sharding.network.routing import Policy
 from sharding.network.topology import Topology
 
@@ -18,7 +17,7 @@ class Damage:
 
     cut_off: int  # NICs with no way to another node
     nodes_apart: int  # pairs of nodes that no longer reach each other
-    slowdown: float  # of an all-to-all between the nodes, infinite when some are apart
+    slowdown: float  # of an all-to-all's busiest link, infinite when nodes are apart
     longer: int  # hops that the longest path between nodes gained
 
 
@@ -32,12 +31,12 @@ def damage(cluster: Cluster, *, policy: Policy = "adaptive", **broken) -> Damage
     ).T  # fmt: skip
     joined_MM = ((part_MI[:, None] == part_MI[None]) & (part_MI[:, None] >= 0)).any(2)
     apart = int((~joined_MM).sum() - (~joined_MM).diagonal().sum()) // 2
-    seconds = [_all_to_all(c, policy) for c in (cluster, after)] if not apart else [1.0, np.inf]
+    seconds = [_busiest(c, policy) for c in (cluster, after)] if not apart else [1.0, np.inf]
     return Damage(
         cut_off=int(alone_MI.sum()),
         nodes_apart=apart,
         slowdown=seconds[1] / seconds[0],
-        longer=_longest(after) - _longest(cluster),
+        longer=after.hops() - cluster.hops(),
     )
 
 
@@ -49,17 +48,8 @@ def plane_switches(topology: Topology, plane: int, planes: int) -> range:
     return range(plane * size, (plane + 1) * size)
 
 
-def _all_to_all(cluster: Cluster, policy: Policy) -> float:
+def _busiest(cluster: Cluster, policy: Policy) -> float:
+    """Seconds of the busiest link in an all-to-all of one byte between the nodes."""
     M, G = cluster.num_nodes, cluster.node.gpus
     routes = exchange(cluster, np.ones((M, M, G)), policy)
-    return finish_seconds(routes, cluster.capacity_L, resolution=1e-2)
-
-
-def _longest(cluster: Cluster) -> int:
-    hops_SS = distances(cluster.topology)
-    most = 0
-    for switch_M in cluster.topology.switch_E[cluster.endpoint_MI].T:
-        switch = np.unique(switch_M[switch_M >= 0])
-        hops = hops_SS[switch[:, None], switch]
-        most = max(most, int(hops[hops < FAR].max(initial=0)))
-    return most
+    return float(np.max(load(routes, cluster.topology.num_links) / cluster.capacity_L))

@@ -9,26 +9,28 @@ from sharding.network.topology import Topology
 
 
 def two_layer_fat_tree(ports: int = 64, leaves: int | None = None) -> Topology:
-    """Leaves with half their ports down, every leaf joined once to every one of ports/2 spines.
+    """Leaves with half their ports down and half up, to as few spines as have ports for them all.
 
-    Full: ports leaves, ports^2 / 2 endpoints, 3 ports / 2 switches, ports^2 / 2 cables.
+    Full: ports leaves, ports^2 / 2 endpoints, 3 ports / 2 switches, ports^2 / 2 cables, one from
+    every leaf to every spine. With fewer leaves, several cables lead from a leaf to a spine.
     """
     half = _half(ports)
     leaves = ports if leaves is None else leaves
     if not 1 <= leaves <= ports:
         raise ValueError(f"{leaves=} must be from 1 to {ports=}: a spine has a port for each leaf")
-    leaf_C, spine_C = _pairs(leaves, half)
+    spines, cables = _tops(leaves, half)
+    leaf_C, spine_C, _ = (x.ravel() for x in np.indices((leaves, spines, cables)))
     return Topology(
         name=f"two-layer fat tree of {leaves} leaves",
         ports=ports,
-        num_switches=leaves + half,
+        num_switches=leaves + spines,
         switch_E=np.repeat(np.arange(leaves, dtype=np.int32), half),
         ends_C2=np.stack((leaf_C, leaves + spine_C), axis=1).astype(np.int32),
     )
 
 
 def three_layer_fat_tree(ports: int = 64, pods: int | None = None) -> Topology:
-    """Pods of ports/2 leaves and ports/2 aggregation switches under (ports/2)^2 cores.
+    """Pods of ports/2 leaves and ports/2 aggregation switches under as few cores as suffice.
 
     Full: ports pods, ports^3 / 4 endpoints, 5 ports^2 / 4 switches, ports^3 / 2 cables.
     """
@@ -39,15 +41,16 @@ def three_layer_fat_tree(ports: int = 64, pods: int | None = None) -> Topology:
     leaves = pods * half
     pod_C, leaf_C, middle_C = (x.ravel() for x in np.indices((pods, half, half)))
     lower_C2 = np.stack((pod_C * half + leaf_C, leaves + pod_C * half + middle_C), axis=1)
-    # Aggregation switch m of every pod is joined to cores m * half ... m * half + half - 1.
-    pod_C, middle_C, core_C = pod_C, leaf_C, middle_C
+    # Aggregation switch m of every pod is joined to the same cores, those of group m.
+    cores, cables = _tops(pods, half)
+    pod_C, middle_C, core_C, _ = (x.ravel() for x in np.indices((pods, half, cores, cables)))
     upper_C2 = np.stack(
-        (leaves + pod_C * half + middle_C, 2 * leaves + middle_C * half + core_C), axis=1
+        (leaves + pod_C * half + middle_C, 2 * leaves + middle_C * cores + core_C), axis=1
     )
     return Topology(
         name=f"three-layer fat tree of {pods} pods",
         ports=ports,
-        num_switches=2 * leaves + half * half,
+        num_switches=2 * leaves + half * cores,
         switch_E=np.repeat(np.arange(leaves, dtype=np.int32), half),
         ends_C2=np.concatenate((lower_C2, upper_C2)).astype(np.int32),
     )
@@ -73,5 +76,12 @@ def _half(ports: int) -> int:
     return ports // 2
 
 
-def _pairs(left: int, right: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.repeat(np.arange(left), right), np.tile(np.arange(right), left)
+def _tops(below: int, half: int) -> tuple[int, int]:
+    """Switches on top of `below` switches with `half` cables up each, and cables to each of them.
+
+    None on top of a single one, which reaches all there is.
+    """
+    if below == 1:
+        return 0, 0
+    tops = next(n for n in range(1, half + 1) if half % n == 0 and below * (half // n) <= 2 * half)
+    return tops, half // tops

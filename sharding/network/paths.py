@@ -86,6 +86,31 @@ def shortest_paths(
     return link_KH
 
 
+def bundled_paths(
+    topology: Topology, source: int, target: int, hops_SS: np.ndarray, most: int = 4096
+) -> np.ndarray:
+    """The shortest paths between two switches, cables side by side counted as one.
+
+    Returns [paths, hops, J]: the J cables of each hop, the first one repeated where there are
+    fewer.
+    """
+    neighbour_SD, link_SD = topology.adjacency
+    at_KH = np.array([[source]])
+    for left in range(int(hops_SS[source, target]) - 1, -1, -1):
+        near_KD = neighbour_SD[at_KH[:, -1]]
+        nearer = (near_KD >= 0) & (hops_SS[near_KD, target] == left)
+        # Equal neighbours stand side by side: the first of them stands for all.
+        nearer[:, 1:] &= near_KD[:, 1:] != near_KD[:, :-1]
+        path_N, slot_N = (index[:most] for index in np.nonzero(nearer))
+        at_KH = np.concatenate((at_KH[path_N], near_KD[path_N, slot_N][:, None]), axis=1)
+    here_KH, there_KH = at_KH[:, :-1], at_KH[:, 1:]
+    joins_KHD = neighbour_SD[here_KH] == there_KH[..., None]
+    slot_KHD = np.argsort(~joins_KHD, axis=2, kind="stable")
+    slot_KHJ = slot_KHD[..., : int(joins_KHD.sum(2).max(initial=1))]
+    real_KHJ = np.take_along_axis(joins_KHD, slot_KHJ, 2)
+    return link_SD[here_KH[..., None], np.where(real_KHJ, slot_KHJ, slot_KHJ[..., :1])]
+
+
 def min_cut(topology: Topology, left: np.ndarray, right: np.ndarray) -> int:
     """Fewest cables whose loss parts two sets of switches; those in neither fall to a side."""
     from scipy.sparse import coo_array
@@ -110,6 +135,8 @@ def bisection(topology: Topology) -> int:
     """
     edge = np.unique(topology.switch_E[topology.switch_E >= 0])
     half = len(edge) // 2
+    if not half:
+        return 0
     best = None
     for order in [np.arange(len(edge)), *_slow_modes(topology, edge)]:
         left = np.zeros(topology.num_switches, bool)

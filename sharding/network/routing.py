@@ -12,12 +12,14 @@ from typing import Literal
 import numpy as np
 
 from sharding.network.flows import Routes
-from sharding.network.paths import FAR, distances, shortest_paths
+from sharding.network.paths import FAR, bundled_paths, distances
 from sharding.network.topology import Topology
 
 Policy = Literal["ecmp", "static", "adaptive"]
 # Flows that are looked at together; bounds the memory of large networks.
 CHUNK = 1 << 21
+# From so many routes a path on, adaptive routing deals them out equally.
+MANY = 4
 
 
 def route(
@@ -92,20 +94,29 @@ def _hop_by_hop(topology, hops_SS, first_R, last_R, inner_PR, pick: Callable) ->
         nearer = (near >= 0) & (hops_SS[near, there[:, None]] == hops_SS[here, there][:, None] - 1)
         slots = np.argsort(~nearer, axis=1, kind="stable").astype(np.int16)
         choices = nearer.sum(1)
+        # Cables to the same switch stand side by side; `same` is how many, if all have as many.
+        turns = np.diff(np.take_along_axis(near, slots, 1), axis=1) != 0
+        inside = np.arange(turns.shape[1]) < choices[:, None] - 1
+        switches = 1 + (turns & inside).sum(1)
+        same = np.where(choices % switches == 0, choices // switches, 1)
         pair = number[key]
-        slot = slots[pair, pick(hop, on, choices[pair])]
+        slot = slots[pair, pick(hop, on, choices[pair], same[pair])]
         inner_PR[hop, on] = link_SD[at_R[on], slot]
         at_R[on] = neighbour_SD[at_R[on], slot]
 
 
 def _by_target(target_R) -> Callable:
-    """Digits of the target's number: its last at the first choice, and so on."""
+    """Digits of the target's number: its last for the first choice of a switch, and so on.
+
+    Of several cables to that switch, the following digit takes one, on the way up and down.
+    """
     quotient_R = target_R.astype(np.int64)
 
-    def pick(hop, on, choices):
-        chosen = quotient_R[on] % choices
-        quotient_R[on] //= choices
-        return chosen
+    def pick(hop, on, choices, same):
+        switches = choices // same
+        chosen = quotient_R[on] % switches
+        quotient_R[on] //= switches
+        return chosen * same + quotient_R[on] % same
 
     return pick
 
@@ -116,7 +127,7 @@ def _by_hash(source_R, target_R, number_R, seed: int) -> Callable:
     mixed_R = _mix(mixed_R ^ target_R.astype(np.uint64))
     mixed_R = _mix(mixed_R ^ number_R.astype(np.uint64))
 
-    def pick(hop, on, choices):
+    def pick(hop, on, choices, same):
         return (_mix(mixed_R[on] + np.uint64(hop)) >> np.uint64(11)).astype(np.int64) % choices
 
     return pick
@@ -134,26 +145,57 @@ def _mix(x: np.ndarray) -> np.ndarray:
 def _adaptive(topology, hops_SS, first_R, last_R, bytes_R, inner_PR) -> None:
     """Writes the links of routes dealt over the shortest paths of their two switches.
 
-    Routes between the same switches are dealt together, one to each path in the order of how
-    full it is.
+    Routes between the same switches are dealt together, the largest first: many of them equally
+    to all paths, a few one after another to the path whose fullest link is emptiest. The few take
+    their way again when all others have theirs.
     """
     size = topology.num_switches
     full_L = np.zeros(topology.num_links)
     key_R = first_R.astype(np.int64) * size + last_R
-    order = np.argsort(key_R, kind="stable")
+    order = np.lexsort((-bytes_R, key_R))
     starts = np.flatnonzero(np.diff(key_R[order], prepend=-1))
-    for begin, end in zip(starts, np.append(starts[1:], len(order)), strict=True):
-        group = order[begin:end]
+    again = []
+    for group in np.split(order, starts[1:]) if len(order) else ():
         first, last = int(first_R[group[0]]), int(last_R[group[0]])
         if first == last:
             continue
-        link_KH = shortest_paths(topology, first, last, hops_SS)
-        paths, hops = link_KH.shape
-        while len(group):
-            crowd_KH = full_L[link_KH]
-            best = np.lexsort((crowd_KH.sum(1), crowd_KH.max(1)))
-            rounds = max(len(group) // paths, 1)
-            now, group = group[: rounds * paths], group[rounds * paths :]
-            path = np.resize(best, len(now))
-            inner_PR[:hops, now] = link_KH[path].T
-            np.add.at(full_L, link_KH[path], bytes_R[now, None])
+        link_KHJ = bundled_paths(topology, first, last, hops_SS)
+        paths = len(link_KHJ)
+        many = len(group) // paths * paths if len(group) >= MANY * paths else 0
+        _deal(link_KHJ, group[:many], bytes_R, full_L, inner_PR)
+        for r in group[many:]:
+            _take(link_KHJ, r, bytes_R, full_L, inner_PR)
+        if many < len(group) and link_KHJ.shape[::2] != (1, 1):
+            again.append((group[many:], link_KHJ))
+    for group, link_KHJ in again:
+        for r in group:
+            full_L[inner_PR[: link_KHJ.shape[1], r]] -= bytes_R[r]
+            _take(link_KHJ, r, bytes_R, full_L, inner_PR)
+
+
+def _take(link_KHJ, r: int, bytes_R, full_L, inner_PR) -> None:
+    """Gives one route the path whose fullest link is emptiest, the emptiest cable at each hop."""
+    crowd_KHJ = full_L[link_KHJ]
+    crowd_KH = crowd_KHJ.min(2)
+    best = np.lexsort((crowd_KH.sum(1), crowd_KH.max(1)))[0]
+    hops = link_KHJ.shape[1]
+    links = link_KHJ[best, np.arange(hops), crowd_KHJ[best].argmin(1)]
+    inner_PR[:hops, r] = links
+    full_L[links] += bytes_R[r]
+
+
+def _deal(link_KHJ, group, bytes_R, full_L, inner_PR) -> None:
+    """Gives each path equally many routes of a group, and each cable of a hop those in turn."""
+    paths, hops, cables = link_KHJ.shape
+    if cables == 1:
+        link_NH = link_KHJ[np.arange(len(group)) % paths, :, 0]
+        inner_PR[:hops, group] = link_NH.T
+        np.add.at(full_L, link_NH, bytes_R[group, None])
+        return
+    for k in range(paths):
+        own = group[k::paths]
+        for h in range(hops):
+            links = np.unique(link_KHJ[k, h])
+            links = np.resize(links[full_L[links].argsort(kind="stable")], len(own))
+            inner_PR[h, own] = links
+            np.add.at(full_L, links, bytes_R[own])

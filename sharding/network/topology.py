@@ -60,13 +60,13 @@ class Topology:
 
     @functools.cached_property
     def adjacency(self) -> tuple[np.ndarray, np.ndarray]:
-        """Neighbours of each switch and the links to them, [S, ports in use], padded with -1."""
+        """Neighbours of each switch in order, and the links to them, [S, D], padded with -1."""
         cable_C = np.flatnonzero(self.ends_C2[:, 0] >= 0)
         a_C, b_C = self.ends_C2[cable_C].T
         source_L = np.concatenate((a_C, b_C))
         target_L = np.concatenate((b_C, a_C))
         link_L = np.concatenate((2 * cable_C, 2 * cable_C + 1))
-        order = np.argsort(source_L, kind="stable")
+        order = np.lexsort((target_L, source_L))
         degree_S = np.bincount(source_L, minlength=self.num_switches)
         start_S = np.cumsum(degree_S) - degree_S
         source_L = source_L[order]
@@ -101,6 +101,11 @@ def check_connected(topology: Topology) -> Topology:
     Raises:
       ValueError: two endpoints with no path between them.
     """
+    if (topology.switch_E < 0).any():
+        raise ValueError(
+            f"{topology.name} is not connected: endpoint {topology.switch_E.argmin()} hangs on no "
+            "switch"
+        )
     part_E = components(topology)[topology.switch_E]
     apart = np.flatnonzero(part_E != part_E[0])
     if len(apart):

@@ -69,6 +69,14 @@ def test_rings_pass_their_share_through_every_nic():
     hop = 8e9 / 8 * 31 / 32
     assert timing.network == pytest.approx(hop / 50e9)
     assert timing.nvlink == pytest.approx(7 * hop / 160e9)
+    # A piece leaves three nodes and is handed on 28 times inside nodes.
+    assert timing.latency == pytest.approx(3 * INFINIBAND.of(1) + 28 * NVLINK.same_leaf)
+
+
+def test_one_node_needs_no_network():
+    cluster = multi_plane(1)
+    assert all_to_all(cluster, 1e6).network == 0 == ring(cluster, 1e6).network
+    assert ring(cluster, 1e6).latency == pytest.approx(7 * NVLINK.same_leaf)
 
 
 @pytest.mark.parametrize(
@@ -96,25 +104,20 @@ def test_latency_grows_with_the_switches_on_the_way(link):
 @pytest.mark.parametrize(
     ("broken", "cut_off", "slowdown"),
     [
-        (lambda t: dict(switches=plane_switches(t, 3, 8)), 64, 8 / 7),
+        (lambda t: dict(switches=plane_switches(t, 3, 8)), 128, 8 / 7),
         (lambda t: dict(switches=[0]), 32, 8 / 7),
         (lambda t: dict(endpoints=[0]), 1, 8 / 7),
-        (lambda t: dict(switches=[2]), 0, 1.0),
+        # Two spines: with one, half of the ways up are gone. Of 127 flows of a NIC, 96 go up.
+        (lambda t: dict(switches=[4]), 0, 2 * 96 / 127),
         (lambda t: dict(cables=[0]), 0, 1.0),
     ],
     ids=["plane", "leaf", "nic", "spine", "cable"],
 )
 def test_what_breaks_is_what_is_lost(broken, cut_off, slowdown):
-    cluster = multi_plane(64)
+    cluster = multi_plane(128)
     lost = damage(cluster, **broken(cluster.topology))
     assert (lost.cut_off, lost.nodes_apart, lost.longer) == (cut_off, 0, 0)
-    assert lost.slowdown == pytest.approx(slowdown, rel=1e-3)
-
-
-def test_spines_are_missed_when_all_of_them_are_needed():
-    # Eight leaves of two nodes' NICs: 14 of 15 flows of a NIC go up.
-    cluster = multi_plane(8, node=Node(gpus=2), ports=4)
-    assert damage(cluster, switches=[4]).slowdown > 1.5
+    assert lost.slowdown == pytest.approx(slowdown, rel=1e-2)
 
 
 def test_one_plane_has_no_other_to_turn_to():

@@ -63,7 +63,12 @@ def test_a_hash_spreads_evenly_and_is_the_same_every_time():
     assert (first.link_PR != other.link_PR).any()
 
 
-@pytest.mark.parametrize("build", [two_layer_fat_tree, three_layer_fat_tree])
+@pytest.mark.parametrize(
+    "build",
+    [two_layer_fat_tree, three_layer_fat_tree, lambda ports: two_layer_fat_tree(2 * ports, 4),
+     lambda ports: three_layer_fat_tree(ports, 2)],
+    ids=["FT2", "FT3", "FT2-4-leaves", "FT3-2-pods"],
+)  # fmt: skip
 @pytest.mark.parametrize("shift", [3, 5, 16, 37])
 def test_tables_by_target_carry_shifts_without_conflict(build, shift):
     topology = build(8)

@@ -8,7 +8,7 @@ from sharding.network import slim_fly as mms
 from sharding.network.dragonfly import dragonfly
 from sharding.network.fat_tree import planes_of, three_layer_fat_tree, two_layer_fat_tree
 from sharding.network.galois import field
-from sharding.network.paths import diameter
+from sharding.network.paths import bisection, diameter
 from sharding.network.slim_fly import slim_fly
 from sharding.network.topology import Topology, check_connected, components
 
@@ -58,6 +58,28 @@ def test_fat_trees_follow_their_formulas(k):
         used = np.bincount(topology.ends_C2.ravel(), minlength=topology.num_switches)
         used += np.bincount(topology.switch_E, minlength=topology.num_switches)
         assert (used == k).all()
+
+
+@pytest.mark.parametrize(
+    ("build", "switches", "cables", "cut"),
+    [
+        (lambda: two_layer_fat_tree(64, 8), 8 + 4, 256, 128),
+        # One leaf against two: its four cables.
+        (lambda: two_layer_fat_tree(8, 3), 3 + 2, 12, 4),
+        (lambda: three_layer_fat_tree(8, 2), 8 + 8 + 4, 64, 16),
+    ],
+    ids=["8-leaves", "3-leaves", "2-pods"],
+)
+def test_small_fat_trees_have_as_few_switches_on_top_as_carry_all(build, switches, cables, cut):
+    topology = build()
+    assert (topology.num_switches, topology.num_cables) == (switches, cables)
+    assert bisection(topology) == cut
+    assert diameter(check_connected(topology)) == (4 if "three" in topology.name else 2)
+
+
+def test_one_leaf_needs_no_spine():
+    topology = two_layer_fat_tree(8, 1)
+    assert sizes(topology) == (4, 1, 0) and diameter(topology) == 0
 
 
 @pytest.mark.parametrize("q", [3, 4, 5, 7, 8, 9, 11, 13, 16, 17])
