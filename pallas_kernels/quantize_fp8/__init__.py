@@ -2,20 +2,24 @@
 
 from pallas_kernels.quantize_fp8.api import (
     Blocks,
+    SwigluGradient,
     Tiles,
     quantize_blocks,
     quantize_tiles,
     retile,
     rms_norm_tiles,
+    swiglu_gradient_tiles,
     swiglu_tiles,
 )
 
 __all__ = [
     "Blocks",
+    "SwigluGradient",
     "Tiles",
     "quantize_blocks",
     "quantize_tiles",
     "retile",
     "rms_norm_tiles",
+    "swiglu_gradient_tiles",
     "swiglu_tiles",
 ]

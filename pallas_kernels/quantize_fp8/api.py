@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import mosaic
-from pallas_kernels.quantize_fp8 import blocks, hopper, reference
+from pallas_kernels.quantize_fp8 import blocks, hopper, reference, swiglu_gradient
 
 IMPLEMENTATIONS = (None, "reference", "hopper")
 F8 = reference.F8
@@ -44,6 +44,21 @@ class Blocks(NamedTuple):
     scale: Array
     transposed: Array
     transposed_scale: Array
+
+
+class SwigluGradient(NamedTuple):
+    """What the backward pass of SwiGLU leaves: the operands of the five products that follow.
+
+    The gradients of gate and up by rows (input gradients) and by columns (weight gradients), the
+    product silu(gate) * up * weight by columns, and the gradient of the weight in FP32, or None.
+    """
+
+    gate: Tiles
+    gate_columns: Tiles
+    up: Tiles
+    up_columns: Tiles
+    product_columns: Tiles
+    weight_M: Array | None
 
 
 def choose(implementation: str | None, op: str) -> str:
@@ -127,6 +142,56 @@ def swiglu_tiles(
     weight_M = None if weight_M is None else weight_M.astype(jnp.float32)
     inputs = (gate_MK, up_MK)
     return _launch(inputs, weight_M, None, counts_m, by, power_of_two, "swiglu_quantize_fp8")
+
+
+def swiglu_gradient_tiles(
+    gate: Tiles,
+    up: Tiles,
+    dy_MK: Float[Array, "M K"],
+    weight_M: Float[Array, "M"] | None = None,
+    *,
+    power_of_two: bool = False,
+    counts_m: Int32[Array, "m"] | None = None,
+    implementation: str | None = None,
+) -> SwigluGradient:
+    """Backward of y = silu(gate) * up * weight from tiles by rows of gate and up, in one pass.
+
+    The values of the tiles are taken in FP32; gradients and product are rounded to BF16 before they
+    are quantised. `counts_m` as in quantize_tiles, for dy: gate and up were masked when quantised.
+    """
+    implementation = choose(implementation, "swiglu_gradient_fp8")
+    _check("both", dy_MK=dy_MK)
+    _check_counts(counts_m, dy_MK)
+    num_rows, width = dy_MK.shape
+    for x in (gate, up):
+        _check_tiles(x)
+        if x.codes.shape != (num_rows, -(-width // TILE) * TILE):
+            raise ValueError(f"codes of gate and up are {x.codes.shape}, dy is {dy_MK.shape}")
+    if weight_M is not None and weight_M.shape != (num_rows,):
+        raise ValueError(f"{weight_M.shape=} must be {(num_rows,)}")
+    if implementation == "reference":
+        dy_MK = reference.mask(dy_MK, counts_m)
+        values = (reference.decode_tiles(*x)[:, :width] for x in (gate, up))
+        dgate, dup, product, dweight_M = reference.swiglu_gradient(*values, dy_MK, weight_M)
+        pairs = (_by(x_MK, "both", power_of_two) for x_MK in (dgate, dup))
+        columns = _by(product, "columns", power_of_two)
+        return SwigluGradient(*(x for pair in pairs for x in pair), columns, dweight_M)
+    if dy_MK.dtype != jnp.bfloat16:
+        raise NotImplementedError(
+            f"the kernel takes bfloat16, not {dy_MK.dtype}: use implementation='reference'"
+        )
+    out = swiglu_gradient.swiglu_gradient(
+        gate,
+        up,
+        dy_MK,
+        weight_M,
+        counts_m,
+        power_of_two=power_of_two,
+        cores=mosaic.target().cores,
+    )
+    dgate, dup, *columns = (Tiles(*out[i : i + 2]) for i in range(0, 10, 2))
+    dweight_M = None if weight_M is None else out[10].sum(axis=0)[:num_rows]
+    return SwigluGradient(dgate, columns[0], dup, columns[1], columns[2], dweight_M)
 
 
 def retile(

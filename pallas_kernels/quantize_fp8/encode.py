@@ -67,8 +67,8 @@ def swish(gate, up):
     return gate * (root * root) * up
 
 
-def store_line(line_smem, scale_gmem, row, piece):
-    """64 scales, those beyond the end of the row left out.
+def store_line(line_smem, scale_gmem, row, piece, *, commit=False):
+    """64 scales, those beyond the end of the row left out; committed with what is copied next.
 
     Mosaic makes a linear copy of a piece of one dimension: it would run on into the next row.
     """
@@ -77,7 +77,7 @@ def store_line(line_smem, scale_gmem, row, piece):
     def store(size):
         source = line_smem.at[pl.ds(0, size)]
         target = scale_gmem.at[row, pl.ds(piece * 64, size)]
-        plgpu.copy_smem_to_gmem(source, target, commit_group=False)
+        plgpu.copy_smem_to_gmem(source, target, commit_group=commit)
 
     if full:
         pl.when(piece < full)(lambda: store(64))

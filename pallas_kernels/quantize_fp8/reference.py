@@ -90,3 +90,22 @@ def swiglu(gate_MK, up_MK, weight_M=None) -> Float[Array, "M K"]:
     if weight_M is not None:
         product = product * weight_M.astype(jnp.float32)[:, None]
     return product.astype(jnp.bfloat16)
+
+
+def swiglu_gradient(gate_MK, up_MK, dy_MK, weight_M=None):
+    """Gradients of gate, up and weight, and the product again, from FP32 inputs; rounded to BF16.
+
+    The gradient of the weight stays FP32.
+    """
+    dy_MK = dy_MK.astype(jnp.float32)
+
+    def product(gate_MK, up_MK, weight_M):
+        out_MK = jax.nn.silu(gate_MK) * up_MK
+        return out_MK if weight_M is None else out_MK * weight_M[:, None]
+
+    if weight_M is not None:
+        weight_M = weight_M.astype(jnp.float32)
+    product_MK, backward = jax.vjp(product, gate_MK, up_MK, weight_M)
+    dgate_MK, dup_MK, dweight_M = backward(dy_MK)
+    rounded = (x.astype(jnp.bfloat16) for x in (dgate_MK, dup_MK, product_MK))
+    return (*rounded, dweight_M)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
-from pallas_kernels.quantize_fp8 import blocks, hopper, reference
+from pallas_kernels.quantize_fp8 import blocks, hopper, reference, swiglu_gradient
 from pallas_kernels.quantize_fp8.hopper import Form
 
 M, K = 203, 192
@@ -54,6 +54,22 @@ def main(case: str):
         found = hopper.quantize((codes,), scale, None, counts_m, form=form, width=K, **options)
         values_MK = reference.decode_tiles(codes, scale)[:, :K]
         right = reference.tiles(reference.mask(values_MK, counts_m).T, False)
+    if case == "swiglu_gradient":
+        real_MK = reference.mask(jnp.ones((M, K), jnp.bfloat16), counts_m) > 0
+        kept = [reference.tiles(reference.mask(x, counts_m), False) for x in (x_MK, up_MK)]
+        dy_MK = normal(M, K)
+        poisoned = jnp.where(real_MK, dy_MK, jnp.bfloat16(np.nan))
+        options = {"interpret": options["interpret"], "power_of_two": False}
+        found = swiglu_gradient.swiglu_gradient(
+            *kept, poisoned, factor_M, counts_m, cores=2, **options
+        )
+        values = (reference.decode_tiles(*x)[:, :K] for x in kept)
+        dy_MK = reference.mask(dy_MK, counts_m)
+        *right, weight_M = reference.swiglu_gradient(*values, dy_MK, factor_M)
+        right = [both(x_MK) for x_MK in right]
+        np.testing.assert_allclose(found[10].sum(axis=0)[:M], weight_M, rtol=1e-4, atol=1e-4)
+        right = *right[0][:2], *right[1][:2], *(x for pair in right for x in pair[2:])
+        found = found[:10]
     if case == "blocks":
         w_GNK = jnp.asarray(rng.standard_normal((2, 160, 192)), jnp.float32)
         options = {"interpret": options["interpret"], "power_of_two": False}
@@ -65,7 +81,7 @@ def main(case: str):
         assert one.shape == other.shape
         different = np.mean(np.asarray(one, np.float32) != np.asarray(other, np.float32))
         print(f"{case}: jax {jax.__version__}, {one.shape}, {different:.1e} of the values differ")
-        assert different < (1e-2 if case in ("swiglu", "norm") else 1e-9)
+        assert different < (1e-2 if case in ("swiglu", "swiglu_gradient", "norm") else 1e-9)
     assert not gpu_callbacks.get_races().races_found
 
 

@@ -15,6 +15,7 @@ from pallas_kernels.quantize_fp8 import (
     reference,
     retile,
     rms_norm_tiles,
+    swiglu_gradient_tiles,
     swiglu_tiles,
 )
 from tests.conftest import relative_error
@@ -151,6 +152,34 @@ def test_fused_forms_are_the_quantised_composition():
         assert relative_error(cut(found, turn(product)), turn(product)) < 0.03
 
 
+@pytest.mark.parametrize("weighted", [True, False], ids=["weights", "no-weights"])
+def test_swiglu_backward_gives_the_gradients_and_the_product_again(weighted):
+    counts_m = np.array([50, 2], np.int32)[: -(-M // 128)]
+    real_MK = (np.arange(M) % 128 < counts_m.repeat(128)[:M])[:, None]
+    gate_MK, up_MK, dy_MK = (normal(i, (M, K), jnp.bfloat16) for i in range(3))
+    weight_M = jnp.linspace(0.1, 2, M) if weighted else None
+    gate, up = (quantize_tiles(x, counts_m=counts_m) for x in (gate_MK, up_MK))
+    poisoned = jnp.where(real_MK, dy_MK, jnp.nan)
+    found = jax.jit(swiglu_gradient_tiles)(gate, up, poisoned, weight_M, counts_m=counts_m)
+    g, u = (decoded(*x)[:, :K] for x in (gate, up))
+    dy, w = float64(dy_MK) * real_MK, float64(weight_M)[:, None] if weighted else 1.0
+    s = 1 / (1 + np.exp(-g))
+    right = {
+        "gate": dy * w * u * s * (1 + g * (1 - s)),
+        "up": dy * w * g * s,
+        "product": g * s * u * w,
+    }
+    for name in ("gate", "up"):
+        assert relative_error(decoded(*getattr(found, name))[:, :K], right[name]) < 0.03
+    for name, x_MK in right.items():
+        columns = decoded(*getattr(found, f"{name}_columns"))[:, :M]
+        assert relative_error(columns, x_MK.T) < 0.03
+    if weighted:
+        assert relative_error(found.weight_M, (dy * g * s * u).sum(axis=1)) < 1e-5
+    else:
+        assert found.weight_M is None
+
+
 def zeros(*shape, dtype=jnp.bfloat16):
     return jnp.zeros(shape, dtype)
 
@@ -168,6 +197,14 @@ BAD = {
     "gain": (lambda: rms_norm_tiles(zeros(4, 16), zeros(32), epsilon=1e-6), "gain_K.shape"),
     "up": (lambda: swiglu_tiles(zeros(4, 16), zeros(4, 32)), "differ"),
     "weight": (lambda: swiglu_tiles(zeros(4, 16), zeros(4, 16), zeros(3)), "weight_M.shape"),
+    "backward-shape": (
+        lambda: swiglu_gradient_tiles(*[quantize_tiles(zeros(4, 32))] * 2, zeros(4, 144)),
+        "dy is",
+    ),
+    "backward-weight": (
+        lambda: swiglu_gradient_tiles(*[quantize_tiles(zeros(4, 32))] * 2, zeros(4, 32), zeros(3)),
+        "weight_M.shape",
+    ),
     "block-rank": (lambda: quantize_blocks(zeros(16)), r"\[N, K\]"),
     "block-width": (lambda: quantize_blocks(zeros(24, 16)), "24 to a multiple of 16"),
     "retile-scale": (

@@ -19,6 +19,7 @@ from pallas_kernels.quantize_fp8 import (
     quantize_tiles,
     retile,
     rms_norm_tiles,
+    swiglu_gradient_tiles,
     swiglu_tiles,
 )
 from tests.pallas_kernels.lowering import HOPPER, kernels_in, on, program
@@ -46,12 +47,14 @@ def test_every_form_lowers(shape):
             swiglu_tiles(x, up, weight, by="both", counts_m=counts),
             swiglu_tiles(x, up),
             retile(codes, k, counts_m=counts),
+            swiglu_gradient_tiles(codes, codes, x, weight, counts_m=counts),
+            swiglu_gradient_tiles(codes, codes, x),
         )
 
     shapes = (x, x, shape_of((m,), F32), counts, codes, shape_of((k,), BF16))
     with on(HOPPER):
         text = jax.jit(everything).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
-    assert kernels_in(text) == 7
+    assert kernels_in(text) == 9
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
@@ -101,7 +104,7 @@ def test_the_blocks_of_an_sm_fit_on_it_together(monkeypatch):
     test_every_form_lowers((256, 384))
     for dtype in (BF16, F32):
         test_blocks_lower((256, 384), dtype)
-    assert len(taken) == 9 and max(taken) <= 228 * 1024
+    assert len(taken) == 11 and max(taken) <= 228 * 1024
 
 
 def test_scales_are_stored_within_their_rows(monkeypatch):
@@ -136,8 +139,11 @@ def test_odd_tiles_are_refused():
         hopper.Tiles(warpgroups=3)
 
 
+CASES = ["both", "masked", "swiglu", "swiglu_gradient", "norm", "retile", "blocks"]
+
+
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter needs jax >= 0.11")
-@pytest.mark.parametrize("case", ["both", "masked", "swiglu", "norm", "retile", "blocks"])
+@pytest.mark.parametrize("case", CASES)
 def test_interpreted(case):
     # After an error the interpreter's process is of no use, so each case has its own.
     run = subprocess.run(

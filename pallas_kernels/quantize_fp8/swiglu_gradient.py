@@ -1,0 +1,217 @@
+"""SwiGLU backward on Hopper: from kept FP8 inputs to the FP8 operands of all that follows.
+
+A tile of 128 x 128 is decoded once; the gradients of gate and up and the recomputed product are
+rounded to BF16 in shared memory, leave by rows (the two gradients) and, transposed, by columns (all
+three). Two warpgroups share a tile; the next one is fetched as soon as this one is decoded.
+"""
+
+import functools
+import math
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import mosaic
+from pallas_kernels.quantize_fp8.encode import (
+    BF16,
+    BY_ROW,
+    F8,
+    TILE,
+    WGMMA,
+    encode,
+    identity,
+    index,
+    round_up,
+    store_line,
+    transposed,
+)
+
+WARPGROUPS = 2
+# Decoded by pieces of 64 x 64: three operands and three results of 64 x 128 would spill.
+CHUNK = 64
+
+
+def _body(*refs, weighted, masked, power_of_two, shape, blocks):
+    refs = list(refs)
+    take = lambda count: [refs.pop(0) for _ in range(count)]
+    values_gmem, factors_gmem = take(3), take(2 + weighted)
+    (counts_gmem,) = take(1) if masked else (None,)
+    rows_gmem = [take(2) for _ in range(2)]
+    columns_gmem = [take(2) for _ in range(3)]
+    (dweight_gmem,) = take(1) if weighted else (None,)
+    values_smem, factors_smem = take(3), take(2 + weighted)
+    tiles_smem, code_smem, line_smem, sum_smem, identity_smem, full, met = refs
+    warpgroup = lax.axis_index("warpgroup")
+    own = pl.ds(warpgroup * 64, 64)
+    tiles = [tiles_smem.at[j] for j in range(3)]
+    column_tiles = pl.cdiv(shape[1], TILE)
+    total = pl.cdiv(shape[0], TILE) * column_tiles
+    block = lax.axis_index("block")
+    count = (total - block + (blocks - 1)) // blocks
+    # Groups of copies that a warpgroup starts for a tile; buffers take turns.
+    groups = 5 + weighted
+
+    def place(i):
+        tile = block + i * blocks
+        return lax.div(tile, column_tiles), lax.rem(tile, column_tiles)
+
+    def fetch(i):
+        row, column = place(i)
+        rows, columns = pl.ds(row * TILE, TILE), pl.ds(column * TILE, TILE)
+        copy = lambda source, target: plgpu.copy_gmem_to_smem(source, target, full.at[0])
+        for source, target in zip(values_gmem, values_smem, strict=True):
+            copy(source.at[rows, columns], target)
+        for source, target in zip(factors_gmem, factors_smem, strict=True):
+            copy(source.at[column, rows] if len(source.shape) == 2 else source.at[rows], target)
+
+    def meet():
+        """Both warpgroups have come here."""
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(met.at[0])
+        plgpu.barrier_wait(met.at[0])
+
+    @pl.when(warpgroup == 0)
+    def _():
+        pl.when(count > 0)(lambda: fetch(jnp.int32(0)))
+        identity_smem[...] = identity()
+
+    meet()
+
+    def decode(chunk, sums, valid):
+        """Writes gradients and product of 64 x 64 as BF16; adds the row sums of dy * product."""
+        columns = pl.ds(chunk * CHUNK, CHUNK)
+        factor = lambda ref: lax.broadcast_in_dim(
+            mosaic.load(ref.at[own], BY_ROW), (64, CHUNK), (0,)
+        )
+        gate, up, dy = (
+            mosaic.load(ref.at[own, columns], WGMMA).astype(jnp.float32) for ref in values_smem
+        )
+        gate, up = gate * factor(factors_smem[0]), up * factor(factors_smem[1])
+        if masked:
+            dy = jnp.where(index(dy.shape, 0) < valid - own.start, dy, jnp.zeros_like(dy))
+        # A square of a root for the quotient, as in encode.swish.
+        root = lax.rsqrt(1 + lax.exp2(gate * jnp.float32(-math.log2(math.e))))
+        sigmoid = root * root
+        silu = gate * sigmoid
+        product = silu * up
+        if weighted:
+            sums = sums + jnp.sum(dy * product, axis=1)
+            dy, product = dy * factor(factors_smem[2]), product * factor(factors_smem[2])
+        dgate = dy * up * (sigmoid + silu * (1 - sigmoid))
+        for smem, x in zip(tiles, (dgate, dy * silu, product), strict=True):
+            smem[own, columns] = x.astype(BF16)
+        return sums
+
+    def step(i, _):
+        row, column = place(i)
+        valid = counts_gmem[row] if masked else TILE
+        turn = lambda site: (warpgroup, lax.rem(i * groups + site, 2))
+
+        def store(site, x, code_gmem, *line):
+            codes, scale = encode(x, 0, power_of_two)
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            code, lines = code_smem.at[turn(site)], line_smem.at[turn(site)]
+            code[...], lines[...] = codes, scale
+            plgpu.commit_smem()
+            store_line(lines, *line)
+            plgpu.copy_smem_to_gmem(code, code_gmem)
+
+        plgpu.barrier_wait(full.at[0])
+        sums = plgpu.layout_cast(jnp.zeros(64, jnp.float32), BY_ROW)
+        # A loop, not unrolled: two pieces at a time would spill.
+        piece = functools.partial(decode, valid=valid)
+        sums = lax.fori_loop(0, TILE // CHUNK, piece, sums)
+        plgpu.commit_smem()
+        for site, (code, scale) in enumerate(rows_gmem):
+            x = mosaic.load(tiles[site].at[own], WGMMA).astype(jnp.float32)
+            target = code.at[pl.ds(row * TILE + warpgroup * 64, 64), pl.ds(column * TILE, TILE)]
+            store(site, x, target, scale, column, row * 2 + warpgroup)
+        if weighted:
+            # A group of its own, so that the turns come out even.
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            sum_smem[warpgroup, :] = sums
+            plgpu.commit_smem()
+            store_line(
+                sum_smem.at[warpgroup], dweight_gmem, column, row * 2 + warpgroup, commit=True
+            )
+        meet()
+        pl.when((warpgroup == 0) & (i + 1 < count))(lambda: fetch(i + 1))
+        for j, (code, scale) in enumerate(columns_gmem):
+            x = transposed(tiles[j], own, identity_smem)
+            target = code.at[pl.ds(column * TILE + warpgroup * 64, 64), pl.ds(row * TILE, TILE)]
+            store(2 + weighted + j, x, target, scale, row, column * 2 + warpgroup)
+        # The next tile is written where both have read.
+        meet()
+
+    lax.fori_loop(0, count, step, None)
+    plgpu.wait_smem_to_gmem(0)
+
+
+@functools.partial(jax.jit, static_argnames=("power_of_two", "cores", "interpret"))
+def swiglu_gradient(
+    gate: tuple[jax.Array, jax.Array],
+    up: tuple[jax.Array, jax.Array],
+    dy_MK: jax.Array,
+    weight_M: jax.Array | None,
+    counts_m: jax.Array | None,
+    *,
+    power_of_two: bool,
+    cores: int,
+    interpret=None,
+) -> tuple[jax.Array, ...]:
+    """Codes and scales by rows of dgate and dup, by columns of dgate, dup and the product; with
+    weights also the sums over each 128 channels [k, M] of dy times the product without weight."""
+    num_rows, width = dy_MK.shape
+    values = tuple(map(mosaic.pad_rows, (gate[0], up[0], dy_MK)))
+    padded = values[0].shape[0]
+    row_tiles, column_tiles = pl.cdiv(num_rows, TILE), pl.cdiv(width, TILE)
+    shape_of = jax.ShapeDtypeStruct
+    line = shape_of((column_tiles, round_up(num_rows, 4)), jnp.float32)
+    rows = [shape_of((padded, column_tiles * TILE), F8), line]
+    columns = [
+        shape_of((width, row_tiles * TILE), F8),
+        shape_of((row_tiles, round_up(width, 4)), jnp.float32),
+    ]
+    weighted = weight_M is not None
+    square = lambda dtype, side, of=0: plgpu.SMEM(
+        (TILE, TILE), dtype, transforms=mosaic.swizzled(side, dtype, of)
+    )
+    turns = (WARPGROUPS, 2)
+    kernel = mosaic.launch(
+        functools.partial(
+            _body,
+            weighted=weighted,
+            masked=counts_m is not None,
+            power_of_two=power_of_two,
+            shape=(num_rows, width),
+            blocks=cores,
+        ),
+        name="swiglu_gradient_fp8",
+        out_type=(*rows, *rows, *columns, *columns, *columns, *[line] * weighted),
+        grid=(cores,),
+        grid_names=("block",),
+        num_threads=WARPGROUPS,
+        thread_name="warpgroup",
+        scratch_types=[
+            square(F8, CHUNK),
+            square(F8, CHUNK),
+            square(BF16, CHUNK, width),
+            *[plgpu.SMEM((TILE,), jnp.float32)] * (2 + weighted),
+            plgpu.SMEM((3, TILE, TILE), BF16, transforms=mosaic.swizzled(TILE, BF16)),
+            plgpu.SMEM((*turns, 64, TILE), F8, transforms=mosaic.swizzled(TILE, F8)),
+            plgpu.SMEM((*turns, 64), jnp.float32),
+            plgpu.SMEM((WARPGROUPS, 64), jnp.float32),
+            plgpu.SMEM((64, 64), BF16, transforms=mosaic.swizzled(64, BF16)),
+            plgpu.Barrier(num_arrivals=5 + weighted, num_barriers=1),
+            plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=1),
+        ],
+        interpret=interpret,
+    )
+    factors = (gate[1], up[1], *([weight_M.astype(jnp.float32)] if weighted else []))
+    extra = () if counts_m is None else (counts_m,)
+    out = [mosaic.varying_like(dy_MK, array) for array in kernel(*values, *factors, *extra)]
+    out[0], out[2] = out[0][:num_rows], out[2][:num_rows]
+    return tuple(out)
