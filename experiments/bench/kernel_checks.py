@@ -22,6 +22,7 @@ from pallas_kernels.quantize_fp8 import (
     quantize_tiles,
     retile,
     rms_norm_tiles,
+    swiglu_gradient_tiles,
     swiglu_tiles,
 )
 
@@ -132,6 +133,7 @@ def quantize() -> Iterator[Verdict]:
         weight, gain = jnp.linspace(0.1, 1, m), jnp.linspace(0.5, 2, k)
         again = lambda codes, counts, k=k, **options: retile(codes, k, counts_m=counts, **options)
         masked = lambda x, counts, **options: both(x, counts_m=counts, **options)
+        gradients = lambda *x, **options: swiglu_gradient_tiles(*x, **options)[:5]
         norm = functools.partial(rms_norm_tiles, epsilon=1e-6, by="both")
         forms = {
             "both layouts": (both, (x,), 1e-5),
@@ -142,6 +144,7 @@ def quantize() -> Iterator[Verdict]:
             "RMSNorm": (norm, (x, gain), 2e-2),
             "SwiGLU": (functools.partial(swiglu_tiles, by="both"), (x, up, weight), 2e-2),
             "SwiGLU by rows": (swiglu_tiles, (x, up, weight), 2e-2),
+            "SwiGLU backward": (gradients, (codes, codes, up, weight), 2e-2),
         }
         for name, (form, operands, limit) in forms.items():
             yield same_bits(f"{name}, {m} x {k}", form, operands, limit)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from experiments.bench.kernel_data import BF16, F8, F32
 from experiments.bench.kernel_report import geometric_mean, verdict
 from experiments.bench.kernel_run import Case, KernelArgs, Program, bench, cores, ratios
-from pallas_kernels.quantize_fp8 import blocks, hopper
+from pallas_kernels.quantize_fp8 import blocks, hopper, swiglu_gradient
 from pallas_kernels.quantize_fp8.hopper import Form
 
 SIZES = [(m, k) for m in (16384, 4096) for k in (7168, 2048, 18432)]
@@ -35,7 +35,7 @@ class BenchQuantizeArgs(KernelArgs):
 
     At 4096 and 16384 rows of 2048, 7168 and 18432: tiles by rows, with RMSNorm (its row sums
     given), with SwiGLU and routing weights, both layouts in one pass, re-tiling for the weight
-    gradient; and weights in blocks of 128 x 128 with their transpose. No peer but the copy.
+    gradient, SwiGLU backward; and weights in blocks of 128 x 128 with their transpose. No peer but the copy.
     """
 
 
@@ -46,6 +46,7 @@ def bench_quantize(args: BenchQuantizeArgs) -> None:
 
 def cases() -> list[Case]:
     found = [activations(name, m, k) for m, k in SIZES for name in FORMS]
+    found += [backward(m, k) for m, k in SIZES]
     return found + [weights(k, k, dtype) for k in (2048, 7168) for dtype in (F32, BF16)]
 
 
@@ -66,6 +67,20 @@ def activations(name: str, m: int, k: int) -> Case:
 
     scales = 4 * m * k // 128 * (form.rows + form.columns + form.codes)
     return case(name, f"{m} x {k}", Program(run, (*inputs, *factors)), m * k * width + scales)
+
+
+def backward(m: int, k: int) -> Case:
+    """SwiGLU backward: 4 bytes of a value in, 5 out."""
+    tiles = (spec((m, k), F8), spec((k // 128, m), F32))
+    call = functools.partial(
+        swiglu_gradient.swiglu_gradient, counts_m=None, power_of_two=False, cores=cores()
+    )
+
+    def run(gate, gate_scale, up, up_scale, dy, weight):
+        return call((gate, gate_scale), (up, up_scale), dy, weight)
+
+    program = Program(run, (*tiles, *tiles, spec((m, k), BF16), spec((m,), F32)))
+    return case("SwiGLU backward", f"{m} x {k}", program, m * k * 9 + 4 * m * k // 128 * 8)
 
 
 def weights(n: int, k: int, dtype: Any) -> Case:
