@@ -102,6 +102,12 @@ COMMANDS = {
         "expert load and loss with and without the routing-bias update, as a plot",
         "tiny --steps 250 --out runs/balance",
     ),
+    "pipeline": Command(
+        "experiments.pipeline",
+        "pipeline",
+        "idle time and memory of pipeline schedules, and a picture of their timelines",
+        "1f1b dualpipe --pair 2.5 --picture timelines.svg",
+    ),
     "report": Command(
         "experiments.report",
         "report",
