@@ -4,24 +4,34 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import json
 import platform
 import shlex
 import sys
+import tempfile
 import time
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
 import tyro
 
 from deepseek_jax.checkpoint import Checkpoints
-from deepseek_jax.config import Precision, Run, Schedule, to_json
+from deepseek_jax.config import (
+    Precision,
+    Run,
+    Schedule,
+    differing_fields,
+    from_json,
+    to_json,
+)
 from deepseek_jax.counts import param_counts
 from deepseek_jax.generate import Stream
 from deepseek_jax.training import TrainState
+from experiments import processes
 from experiments.command_line import program
 from experiments.data import TokenShards, is_shards, prepare, text_bytes
 from experiments.data.tokenizer import Tokenizer
@@ -30,6 +40,7 @@ from experiments.display import TrainingDisplay, duration
 from experiments.eval import compressors, recorded_shards, score, trained_model
 from experiments.recipes import recipe
 from experiments.run_directory import RunDirectory, check_unchanged
+from experiments.submit import submit
 from experiments.tables import print_table, write_json
 from experiments.train import Stopped, batch_source, first_state, model_summary, train
 
@@ -66,13 +77,47 @@ class LaunchArgs(MeshArgs):
     """Record a profile of the steps after the first number up to the second."""
     json: Path | None = None
     """Also write the summary to this file."""
+    processes: int | None = None
+    """Processes on this machine. Slurm's srun and the manifest of --submit say so themselves."""
+    submit: Literal["slurm", "k8s"] | None = None
+    """Write a batch script or a JobSet manifest of this command, and submit it."""
+    nodes: int = 1
+    """Hosts to submit to."""
+    image: str | None = None
+    """Container image of the JobSet."""
+    dry_run: bool = False
+    """Only print what --submit would submit."""
 
 
 def launch(args: LaunchArgs) -> None:
+    """Trains in this process, in several that it starts and watches, or as a job it submits."""
+    place = processes.here()
+    if place is None and args.submit is not None:
+        submit(args.submit, nodes=args.nodes, devices=args.devices_per_node, image=args.image,
+               words=sys.argv[1:], dry_run=args.dry_run)
+        return
+    places = processes.group(args.processes) if place is None else []
+    if places:
+        code = processes.supervise(places, ["-m", "experiments", *sys.argv[1:]])
+        if code:
+            raise SystemExit(code)
+        return
+    if place is not None:
+        processes.join(place)
+    with tempfile.TemporaryDirectory() as aside:
+        run_here(args, Path(aside))
+
+
+def run_here(args: LaunchArgs, aside: Path) -> None:
     """Prepares data, trains, scores the validation text, samples and writes the report."""
     run, name, directory = plan(args)
+    agree_on_configuration(run)
+    if not processes.is_first():
+        directory = RunDirectory(directory.path, aside=aside)
     devices = devices_of(args, run, batch=run.micro_batch)
-    shards = training_tokens(run, directory, resume=args.resume)
+    with processes.first_before_others("data"):
+        shards = training_tokens(run, directory, resume=args.resume)
+    agree_on_data(shards)
     source = batch_source(run, shards)
     checkpoints = Checkpoints(directory.checkpoints, keep=run.keep_checkpoints)
     state = first_state(run, checkpoints, devices.mesh)
@@ -102,7 +147,8 @@ def launch(args: LaunchArgs) -> None:
             f"{program()} launch --run {shlex.quote(str(directory.path))} --resume"
         )
         # The report of what there is, so that an interrupted run can be looked at.
-        write_report_if_possible(directory)
+        if processes.is_first():
+            write_report_if_possible(directory)
         raise SystemExit(128 + stopped.signum) from None
     with devices.scope():
         finish(args, run, directory, shards, state, seconds=time.perf_counter() - began)
@@ -127,15 +173,40 @@ def plan(args: LaunchArgs) -> tuple[Run, str, RunDirectory]:
     name = (args.recipe or "tiny").replace("-", "_")
     run = override(recipe(name)(args.steps), args)
     path = args.run or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return run, name, RunDirectory(path)
+    return run, name, RunDirectory(processes.texts(str(path))[0])
+
+
+def agree_on_configuration(run: Run) -> None:
+    """Raises a ValueError that names the field in which two hosts' runs differ."""
+    for other, text in enumerate(processes.texts(json.dumps(to_json(run)))):
+        first = json.loads(text) if other == 0 else first
+        lines = differing_fields(from_json(Run, first), from_json(Run, json.loads(text)))
+        if lines:
+            raise ValueError(
+                f"processes 0 and {other} have different configurations ({'; '.join(lines)}): "
+                "start all with the same command and version"
+            )
+
+
+def agree_on_data(shards: TokenShards) -> None:
+    """Raises a ValueError that names two hosts' data when they differ."""
+    found = processes.texts(f"corpus {shards.corpus_hash[:12]}, tokenizer "
+                            f"{shards.tokenizer_hash[:12]}, {shards.train.num_tokens} tokens")
+    for other, text in enumerate(found):
+        if text != found[0]:
+            raise ValueError(
+                f"processes 0 and {other} have different data ({found[0]}; {text}): give all the "
+                "same files, best on a shared disk"
+            )
 
 
 def training_tokens(run: Run, directory: RunDirectory, *, resume: bool) -> TokenShards:
     """The tokens of the run to resume, or those made from the data into a new directory."""
     if resume:
-        return recorded_shards(directory)
-    directory.create()
-    print(f"preparing data in {directory.data}", flush=True)
+        return recorded_shards(RunDirectory(directory.path))
+    if processes.is_first():
+        directory.create()
+        print(f"preparing data in {directory.data}", flush=True)
     shards, _ = prepare(
         run.data,
         directory=directory.data,
@@ -236,7 +307,7 @@ def describe(
     made = [] if ready and len(ready) == len(run.data) else [directory.data.name]
     command = f"{program()} {shlex.join(sys.argv[1:])}"
     if args.resume:
-        recorded = directory.read_config()
+        recorded = RunDirectory(directory.path).read_config()
         # Only a resume that changes something is needed to make the run again.
         same = recorded["run"] == to_json(run)
         command = recorded["command"] if same else f"{recorded['command']} && {command}"
@@ -302,11 +373,11 @@ def finish(
     directory.write_summary(summary)
     row = {k: v for k, v in summary.items() if k != "sample"}
     print_table([row], title="result", json_path=None)
-    if args.json is not None:
+    if args.json is not None and processes.is_first():
         write_json(args.json, summary)
     if "sample" in summary:
         print(f"\nsample\n{summary['sample']['prompt']}{summary['sample']['text']}\n")
-    path = write_report_if_possible(directory)
+    path = write_report_if_possible(directory) if processes.is_first() else None
     if path is not None:
         print(f"report   {path}")
     print(f"trained in {duration(seconds)}; results in {directory.path}")

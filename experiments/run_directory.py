@@ -19,15 +19,20 @@ LOST = "copy it again, or start another --run"
 
 
 class RunDirectory:
-    """Paths of a run's files."""
+    """Paths of a run's files.
 
-    def __init__(self, path: str | os.PathLike):
+    All processes share data and checkpoints; what is written once, those that are not the first
+    write to `aside`, a folder of their own.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, aside: Path | None = None):
         self.path = Path(path)
-        self.config = self.path / "config.json"
-        self.metrics = self.path / "metrics.jsonl"
-        self.summary = self.path / "summary.json"
-        self.tokenizer = self.path / "tokenizer.json"
-        self.events = self.path / "events"
+        own = self.path if aside is None else aside
+        self.config = own / "config.json"
+        self.metrics = own / "metrics.jsonl"
+        self.summary = own / "summary.json"
+        self.tokenizer = own / "tokenizer.json"
+        self.events = own / "events"
         self.checkpoints = self.path / "checkpoints"
         self.data = self.path / "data"
 
@@ -60,7 +65,7 @@ class RunDirectory:
 
     def write_tokenizer(self, source: Path) -> None:
         """Keeps a copy of a tokenizer.json, whole or not at all."""
-        partial = self.path / ".tokenizer.json.partial"
+        partial = self.tokenizer.with_name(".tokenizer.json.partial")
         with writing(self.tokenizer):
             try:
                 partial.write_bytes(source.read_bytes())

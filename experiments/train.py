@@ -21,6 +21,7 @@ from experiments.data.batches import BatchSource, prefetch
 from experiments.data.shards import TokenShards
 from experiments.devices import ONE_DEVICE, Devices, place_batch
 from experiments.display import TrainingDisplay
+from experiments.processes import asked_to_stop
 from experiments.run_directory import MetricsLog, RunDirectory
 from sharding.hardware import peak_flops
 
@@ -93,7 +94,9 @@ def train(
         events = open_events(directory.events, begin)
         stack.callback(events.close)
         tracing = stack.enter_context(contextlib.ExitStack())
-        signals = stack.enter_context(StopSignals())
+        alone = jax.process_count() == 1
+        # With several processes the runtime takes the signals, and all stop after the same step.
+        signals = stack.enter_context(StopSignals()) if alone else StopSignals()
         measure = Measure(run, bytes_per_token)
         pending = None  # metrics of the running step, read while the next one is under way
         for batch in chain(first, batches):
@@ -107,6 +110,8 @@ def train(
             if pending is not None:
                 report(pending, measure, log, events, display, run, names)
             pending = (done, batch["tokens"].shape, metrics)
+            if not alone and asked_to_stop(done):
+                signals.received = signal.SIGTERM
             stop = signals.received
             if stop or done % run.checkpoint_every == 0 or done == run.steps:
                 report(pending, measure, log, events, display, run, names)

@@ -64,7 +64,8 @@ def bench_train(args: BenchTrainArgs) -> None:
         seconds.append(time.perf_counter() - began)
     if int(metrics["lost"]):
         raise ValueError(f"dispatch had no room at {devices.scheme.room:g} times an even load")
-    row = {"mesh": str(devices)} | figures(run, statistics.median(seconds), compiled_in, planned_bytes(step))
+    measured = figures(run, statistics.median(seconds), compiled_in, planned_bytes(step))
+    row = {"devices": str(devices), **measured}
     row["loss"] = float(metrics["loss"])
     print_table([row], title=f"bench train {args.recipe}", json_path=args.json)
     if args.profile:
