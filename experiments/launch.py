@@ -38,6 +38,7 @@ from experiments.data.tokenizer import Tokenizer
 from experiments.devices import Devices, MeshArgs, devices_of
 from experiments.display import TrainingDisplay, duration
 from experiments.eval import compressors, recorded_shards, score, trained_model
+from experiments.imported import imported_run
 from experiments.recipes import recipe
 from experiments.run_directory import RunDirectory, check_unchanged
 from experiments.submit import submit
@@ -61,6 +62,8 @@ class LaunchArgs(MeshArgs):
     """Directory of the run; runs/RECIPE-DATE by default."""
     resume: bool = False
     """Go on from the last complete checkpoint of --run."""
+    imported: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    """Train on from a folder of released weights, whose sizes replace the recipe's."""
     steps: int | None = None
     """Number of steps; the recipe's schedules stretch with it where they depend on it."""
     seed: int | None = None
@@ -120,7 +123,8 @@ def run_here(args: LaunchArgs, aside: Path) -> None:
     agree_on_data(shards)
     source = batch_source(run, shards)
     checkpoints = Checkpoints(directory.checkpoints, keep=run.keep_checkpoints)
-    state = first_state(run, checkpoints, devices.mesh)
+    imported = recorded_import(args, directory)
+    state = first_state(run, checkpoints, devices.mesh, imported=imported)
     check_profile(args.profile, begin=int(state.step), steps=run.steps)
     record = describe(args, run, name, directory, shards)
     if not args.resume and shards.tokenizer_file is not None:
@@ -159,6 +163,8 @@ def plan(args: LaunchArgs) -> tuple[Run, str, RunDirectory]:
     if args.steps is not None and args.steps < 1:
         raise ValueError(f"--steps {args.steps} must be at least 1")
     if args.resume:
+        if args.imported is not None:
+            raise ValueError("--resume goes on with a run: leave out --from")
         if args.run is None:
             raise ValueError("--resume needs --run: the directory of the run to go on with")
         directory = RunDirectory(args.run)
@@ -171,7 +177,10 @@ def plan(args: LaunchArgs) -> tuple[Run, str, RunDirectory]:
         check_unchanged(recorded, run)
         return run, name, directory
     name = (args.recipe or "tiny").replace("-", "_")
-    run = override(recipe(name)(args.steps), args)
+    run = recipe(name)(args.steps)
+    if args.imported is not None:
+        run = imported_run(run, args.imported)
+    run = override(run, args)
     path = args.run or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     return run, name, RunDirectory(processes.texts(str(path))[0])
 
@@ -198,6 +207,13 @@ def agree_on_data(shards: TokenShards) -> None:
                 f"processes 0 and {other} have different data ({found[0]}; {text}): give all the "
                 "same files, best on a shared disk"
             )
+
+
+def recorded_import(args: LaunchArgs, directory: RunDirectory) -> str | None:
+    """The released weights that the run started from."""
+    if args.resume:
+        return directory.read_config().get("imported")
+    return None if args.imported is None else str(args.imported.resolve())
 
 
 def training_tokens(run: Run, directory: RunDirectory, *, resume: bool) -> TokenShards:
@@ -314,6 +330,7 @@ def describe(
     return {
         "recipe": name,
         "command": command,
+        "imported": recorded_import(args, directory),
         "run": to_json(run),
         "corpus": {"hash": shards.corpus_hash, "documents": shards.train.num_documents,
                    "tokens": shards.train.num_tokens, "bytes": shards.train.num_bytes},

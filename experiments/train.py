@@ -21,6 +21,7 @@ from experiments.data.batches import BatchSource, prefetch
 from experiments.data.shards import TokenShards
 from experiments.devices import ONE_DEVICE, Devices, place_batch
 from experiments.display import TrainingDisplay
+from experiments.imported import imported_state
 from experiments.processes import asked_to_stop
 from experiments.run_directory import MetricsLog, RunDirectory
 from sharding.hardware import peak_flops
@@ -37,9 +38,21 @@ class Stopped(Exception):
         self.signum, self.step = signum, step
 
 
-def first_state(run: Run, checkpoints: Checkpoints, mesh: Mesh | None = None) -> TrainState:
-    """The state of the last complete checkpoint, or that of the start."""
+def first_state(
+    run: Run,
+    checkpoints: Checkpoints,
+    mesh: Mesh | None = None,
+    *,
+    imported: str | None = None,
+) -> TrainState:
+    """The state of the last complete checkpoint, or that of the start.
+
+    Args:
+      imported: a folder of released weights to start from.
+    """
     if checkpoints.latest is None:
+        if imported is not None:
+            return imported_state(run, Path(imported), mesh)
         return init_state(run, mesh)
     if checkpoints.latest > run.steps:
         raise ValueError(
