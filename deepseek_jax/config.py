@@ -4,6 +4,7 @@ Frozen dataclasses, checked once when they are made; variants by `dataclasses.re
 """
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass
@@ -71,6 +72,9 @@ class ModelConfig:
         for name in ("num_dense_layers", "num_shared_experts", "num_mtp"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        for name in ("route_scale", "rope_theta", "norm_eps", "latent_norm_eps", "init_std"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive and finite")
         if self.query_latent_dim is not None and self.query_latent_dim < 1:
             raise ValueError(f"query_latent_dim={self.query_latent_dim} must be None or positive")
         if self.num_dense_layers > self.num_layers:
@@ -184,6 +188,8 @@ class Schedule:
         for phase in self.phases:
             if phase.tokens < 0:
                 raise ValueError(f"a phase of {phase.tokens} tokens must not be negative")
+            if not all(map(math.isfinite, (phase.tokens, phase.start, phase.end))):
+                raise ValueError(f"{phase} must have finite values")
 
     @classmethod
     def constant(cls, value: float) -> "Schedule":
@@ -252,6 +258,8 @@ class Run:
                      "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must not be negative")
         if not 0.0 <= self.fim_rate <= 1.0:
             raise ValueError(f"fim_rate={self.fim_rate} must be between 0 and 1")
         if self.ema_decay is not None and not 0.0 <= self.ema_decay < 1.0:

@@ -94,7 +94,7 @@ def store(total, out_gmem: Callable, out_smem, tiles, *, add: bool = False):
         )
 
 
-def ring(tiles, shape: Sequence[int], dtype, swizzle: bool = True) -> plgpu.SMEM:
+def ring(tiles, shape: Sequence[int], dtype, swizzle: bool = True):
     """The stages of one operand."""
     transforms = mosaic.swizzled(shape[-1], dtype) if swizzle else ()
     return plgpu.SMEM((tiles.stages, *shape), dtype, transforms=transforms)
@@ -107,7 +107,7 @@ def launch(
     tiles,
     cores: int,
     out_type,
-    operands: Sequence[plgpu.SMEM],
+    operands: Sequence,
     store_type: jax.ShapeDtypeStruct,
     arrivals: int,
     more: Sequence = (),

@@ -6,9 +6,10 @@ _check = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
 def check(function):
-    """`function`, checked, but no constructor.
+    """`function`, checked, but no constructor and no function of an api.
 
-    Configurations refuse values by errors of their own; jax makes pytrees also of what stands for
-    arrays, such as their shapes or shardings.
+    Configurations and apis refuse values by errors of their own; jax makes pytrees also of what
+    stands for arrays, such as their shapes or shardings.
     """
-    return function if function.__name__ == "__init__" else _check(function)
+    refuses = function.__name__ == "__init__" or function.__module__.endswith(".api")
+    return function if refuses else _check(function)

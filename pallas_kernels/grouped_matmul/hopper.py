@@ -275,7 +275,7 @@ def _launch(body, name, out_type, operand_shapes, tiles, cores, interpret):
 )
 def by_rows(
     x_MK: BFloat16[Array, "M K"],
-    w_GNK: BFloat16[Array, "G N K"],
+    w_GNK: BFloat16[Array, "G _ _"],
     group_sizes_G: Int32[Array, "G"],
     *,
     alignment: int,
@@ -283,7 +283,7 @@ def by_rows(
     tiles: Tiles,
     cores: int,
     interpret=None,
-) -> BFloat16[Array, "M N"]:
+) -> BFloat16[Array, "M _"]:
     """y[m] = x[m] @ w[group of m].T, or x[m] @ w[group of m] when not `contract_last`.
 
     Rows of padding hold their product, unused rows are not written.

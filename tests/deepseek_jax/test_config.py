@@ -32,6 +32,7 @@ BAD_SIZES = {
     "dense-layers": ({"num_dense_layers": 5}, "num_dense_layers=5 must not exceed num_layers=4"),
     "rotary": ({"rotary_head_dim": 7}, "rotary_head_dim=7 must be even"),
     "score": ({"score": "relu"}, r"score='relu' must be one of \('sigmoid', 'softmax'\)"),
+    "init_std": ({"init_std": float("nan")}, "init_std=nan must be positive and finite"),
     "groups": ({"num_groups": 5}, "num_experts=28 must be divisible by num_groups=5"),
     "kept-groups": ({"groups_per_token": 8}, "groups_per_token=8 must not exceed num_groups=7"),
     "top-k": (
@@ -46,6 +47,7 @@ BAD_SIZES = {
 BAD_RUNS = {
     "steps": ({"steps": 0}, "steps=0 must be at least 1"),
     "max_skipped": ({"max_skipped": 0}, "max_skipped=0 must be at least 1"),
+    "seed": ({"seed": -1}, "seed=-1 must not be negative"),
     "fim_rate": ({"fim_rate": 1.5}, "fim_rate=1.5 must be between 0 and 1"),
     "ema_decay": ({"ema_decay": 1.0}, r"ema_decay=1.0 must be None or in \[0, 1\)"),
     "too-long": ({"seq_len": 65}, "seq_len=65 must not exceed max_length=64"),
@@ -139,6 +141,8 @@ def test_schedules_that_cannot_be_are_refused():
         Schedule(())
     with pytest.raises(ValueError, match="a phase of -1 tokens must not be negative"):
         Schedule((Phase(-1, 0.0, 1.0),))
+    with pytest.raises(ValueError, match="end=inf.* must have finite values"):
+        Schedule((Phase(1, 0.0, float("inf")),))
 
 
 def test_the_batch_ramp_grows_in_whole_micro_batches():

@@ -46,6 +46,7 @@ def expected(q, k, v, do, segments_BT=None):
 
 
 def run(q, k, v, do, segments_BT=None):
+    segments_BT = None if segments_BT is None else jnp.asarray(segments_BT)
     call = functools.partial(mla_attention, scale=SCALE, segments_BT=segments_BT)
     o, backward = jax.vjp(jax.jit(call), q, k, v)
     return o, *backward(do)
