@@ -14,7 +14,7 @@ from deepseek_jax.fp8 import is_quantized, quantize_weights, with_targets
 from deepseek_jax.layers import RoutingBias
 from deepseek_jax.linear import DTYPES
 from deepseek_jax.loss import cross_entropy
-from deepseek_jax.model import Model, with_load
+from deepseek_jax.model import Model, ready, with_load
 from deepseek_jax.mtp import ahead, valid_positions
 from deepseek_jax.optimizer import adamw
 from sharding.placement import (
@@ -126,6 +126,7 @@ def loss_and_aux(
     Returns:
       The total, and a dict of loss, mtp_loss, sequence_loss, expert_counts_LE, lost.
     """
+    model = ready(model)
     inputs_BT, targets_BT = tokens_BS[:, :-1], tokens_BS[:, 1:]
     segments_BT = None if segments_BS is None else segments_BS[:, :-1]
     B, T = inputs_BT.shape

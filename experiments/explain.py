@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -79,10 +79,14 @@ def explain(args: ExplainArgs) -> None:
     title = f"operations of the forward pass of the loss, one sequence of {run.seq_len} tokens"
     print_table(listed if args.every else shortened(run, ops), title=title)
     print_table([readable(row) for row in parts], title="by part")
+    kernels = kernel_rows(run, state, args.device)
+    if kernels:
+        print_table(kernels, title="kernels of the loss and its gradient, one sequence")
     print_table([{"of the model": name, "total": tables.show(n)} for name, n in totals.items()])
     if args.json is not None:
         write_json(args.json, {"recipe": args.recipe, "parameters": parameters,
-                               "operations": listed, "parts": parts, "totals": totals})
+                               "operations": listed, "parts": parts, "kernels": kernels,
+                               "totals": totals})
 
 
 def run_of(args: ExplainArgs) -> Run:
@@ -117,8 +121,8 @@ def mesh_sizes(words: Iterable[str]) -> dict[str, int]:
     return {axis: sizes[axis] for axis in AXES if sizes.get(axis, 1) > 1}
 
 
-def forward_operations(run: Run, state: TrainState, device: str | None = None) -> list[Op]:
-    """The operations of one sequence's loss, as the train step has them."""
+def sequence_loss(run: Run) -> Callable:
+    """The loss of one sequence, as the train step has it."""
 
     def loss(params, biases, tokens):
         return loss_and_aux(
@@ -129,9 +133,30 @@ def forward_operations(run: Run, state: TrainState, device: str | None = None) -
             remat=run.remat,
         )[0]
 
+    return loss
+
+
+def forward_operations(run: Run, state: TrainState, device: str | None = None) -> list[Op]:
+    """The operations of one sequence's loss."""
     tokens = jax.ShapeDtypeStruct((1, run.seq_len + 1), jnp.int32)
     with on_device(device):
-        return program.operations(loss, params=state.params, biases=state.biases, tokens=tokens)
+        return program.operations(
+            sequence_loss(run), params=state.params, biases=state.biases, tokens=tokens
+        )
+
+
+def kernel_rows(run: Run, state: TrainState, device: str | None) -> list[dict[str, Any]]:
+    """The kernels of ours that the gradient of one sequence's loss calls; none on a CPU."""
+    tokens = jax.ShapeDtypeStruct((1, run.seq_len + 1), jnp.int32)
+    with on_device(device):
+        kernels = program.kernels(
+            jax.grad(sequence_loss(run)), state.params, state.biases, tokens
+        )
+    return [
+        {"kernel": k.name, "calls": k.calls, "takes": ", ".join(k.takes),
+         "returns": ", ".join(k.returns)}
+        for k in kernels
+    ]
 
 
 @contextlib.contextmanager
@@ -159,6 +184,7 @@ def parameter_rows(
     for path, leaf in jax.tree_util.tree_leaves_with_path(arguments):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         used, trained = users.get(name, []), name.startswith("params.")
+        products = [op for op in used if op.name in PRODUCTS]
         spec = weight_spec(path[-1].key, leaf.shape, STORE, mesh or dict.fromkeys(AXES, 1))
         num_bytes = leaf.size * leaf.dtype.itemsize
         shards = math.prod(mesh.get(axis, 1) for axis in axes_of(spec))
@@ -169,8 +195,9 @@ def parameter_rows(
             "stored": program.dtype_name(leaf.dtype),
             "moments": run.precision.moments if trained else None,
             "lies on": placement(path[-1].key, spec),
-            "computes in": ", ".join(dict.fromkeys(f"{op.name} {op.computes}" for op in used)),
-            "part": part_of(used[0]) if used else None,
+            "computes in": ", ".join(dict.fromkeys(
+                f"{op.name} {op.computes}" for op in products or used)),
+            "part": part_of((products or used)[0]) if used else None,
             "parameters": leaf.size,
             "bytes": num_bytes,
         }
@@ -276,7 +303,7 @@ def shortened(run: Run, ops: list[Op]) -> list[dict[str, Any]]:
 
 def is_kernel(op: Op) -> bool:
     """Whether an operation is a kernel or a call into a library rather than a primitive of XLA."""
-    return "call" in op.name or "wrapper" in op.name
+    return op.label == program.KERNEL or "call" in op.name or "wrapper" in op.name
 
 
 def part_rows(run: Run, parameters: list[dict], ops: list[Op]) -> list[dict[str, Any]]:

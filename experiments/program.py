@@ -7,7 +7,7 @@ operation that uses them.
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -25,23 +25,28 @@ CALLS = {
     "shard_map": "jaxpr",
 }
 # The result holds the elements of an operand, or some of them, in another place or dtype; so does
-# the sum over a mesh that has one device, which is the only kind here.
+# what moves data over a mesh that has one device, which is the only kind here.
 LAYOUT = frozenset(
-    "broadcast_in_dim concatenate convert_element_type copy copy_p dynamic_slice "
-    "dynamic_update_slice expand_dims iota name optimization_barrier pad psum_invariant pvary "
-    "reshape rev sharding_constraint slice split squeeze stack stop_gradient transpose".split()
+    "all_gather all_gather_invariant bitcast_convert_type broadcast_in_dim concatenate "
+    "convert_element_type copy copy_p dynamic_slice dynamic_update_slice expand_dims iota name "
+    "optimization_barrier pad psum_invariant pvary reduce_scatter reshape rev "
+    "sharding_constraint slice split squeeze stack stop_gradient transpose".split()
 )
 # Of these, the ones after which an array is still the parameter it was.
-SAME = LAYOUT - {"concatenate", "dynamic_update_slice", "iota", "pad", "stack"}
+SAME = LAYOUT - {"concatenate", "dynamic_update_slice", "iota", "stack"}
 # Functions that are one operation however they are implemented, by the name in their jaxpr.
 WHOLE = {
     "_grouped_matmul": "grouped_matmul",
-    "grouped_linear": "grouped_matmul_fp8",
-    "linear": "matmul_fp8",
+    "_product_fp8": "linear",
+    "_swiglu_product_fp8": "swiglu_linear",
 }
+# Around and inside a call of one of our kernels; the label of such an operation.
+KERNEL_CALLS, KERNEL = ("custom_vmap_call", "mpmd_map"), "kernel"
 # cuDNN's attention, whose operands begin with queries, keys and values [B, T, N, width].
 ATTENTION = "dot_product_attention_fwd_wrapper"
-PRODUCTS = frozenset(("dot_general", ATTENTION, *WHOLE.values()))
+PRODUCTS = frozenset(
+    ("dot_general", ATTENTION, *WHOLE.values(), "grouped_linear", "grouped_swiglu_linear")
+)
 
 
 class Array(NamedTuple):
@@ -98,12 +103,13 @@ def _walk(jaxpr, names: list[str | None], scopes: str, times: int, add) -> list[
         inside, uses = f"{scopes}/{eqn.source_info.name_stack}", [named(x) for x in eqn.invars]
         kind = eqn.primitive.name
         body = _open(eqn.params[CALLS[kind]]) if kind in CALLS else None
+        whole = kind == "custom_vjp_call" and body.debug_info.func_name in WHOLE
         if kind == "while":
             _walk_while(eqn, uses, inside, times, add)
         elif kind == "cond":
             for branch in eqn.params["branches"]:
                 _walk(_open(branch), uses[1:], inside, times, add)
-        elif body is not None and body.debug_info.func_name not in WHOLE:
+        elif body is not None and not whole:
             often = times
             if kind == "scan":
                 often *= eqn.params["length"]
@@ -114,7 +120,7 @@ def _walk(jaxpr, names: list[str | None], scopes: str, times: int, add) -> list[
             results = _walk(body, uses, inside, often, add)
             origin |= dict(zip(eqn.outvars, results, strict=True))
         else:
-            add(_op(eqn, body, uses, inside, times))
+            add(_op(eqn, body if whole else None, uses, inside, times))
             if kind in SAME:
                 origin |= dict.fromkeys(eqn.outvars, uses[0])
     return [named(x) for x in jaxpr.outvars]
@@ -145,7 +151,14 @@ def _op(eqn, body, uses: list[str | None], inside: str, times: int) -> Op:
             label = f"{label} {eqn.params['precision'][0]}".strip()
     elif body is not None:
         name = WHOLE[body.debug_info.func_name]
-        contracted = operands[0].shape[-1]
+        contracted = next((x.shape[-1] for x in operands if x.shape), 0)
+        if name in ("linear", "swiglu_linear"):
+            kernels = kernels_of(body)
+            label = f"by {', '.join(kernels)}" if kernels else "by the reference"
+            # Group sizes are the one operand of integers.
+            name = f"grouped_{name}" if any(x.dtype == "int32" for x in operands) else name
+    elif name in KERNEL_CALLS:
+        name, label = kernel_name(eqn), KERNEL
     elif name == ATTENTION:
         # Two products for each query and key: over the width of a key, then over the keys.
         operands = operands[:3]
@@ -163,6 +176,62 @@ def _op(eqn, body, uses: list[str | None], inside: str, times: int) -> Op:
         contracted=contracted,
         times=times,
     )
+
+
+def kernel_name(eqn) -> str:
+    """The name that a call of a kernel has in profiles."""
+    if "meshes" in eqn.params:
+        return str(eqn.params["name"])
+    inner = (_open(value) for value in eqn.params.values() if _is_jaxpr(value))
+    return next(kernel_name(e) for jaxpr in inner for e in jaxpr.eqns
+                if e.primitive.name in KERNEL_CALLS)
+
+
+def kernels_of(body) -> list[str]:
+    """The kernels that a function calls."""
+    return list(dict.fromkeys(kernel_name(eqn) for eqn, _ in kernel_calls(body)))
+
+
+def kernel_calls(jaxpr, times: int = 1) -> Iterator[tuple[Any, int]]:
+    """Every call of a kernel in a jaxpr, and how often it is made."""
+    for eqn in _open(jaxpr).eqns:
+        if eqn.primitive.name in KERNEL_CALLS:
+            yield eqn, times
+            continue
+        often = times * eqn.params["length"] if eqn.primitive.name == "scan" else times
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
+            if _is_jaxpr(value):
+                yield from kernel_calls(value, often)
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return hasattr(_open(value), "eqns")
+
+
+class Kernel(NamedTuple):
+    """A kernel of ours and all calls of it."""
+
+    name: str
+    calls: int
+    takes: tuple[str, ...]  # dtypes
+    returns: tuple[str, ...]
+
+
+def kernels(fn: Callable, *arguments: Any) -> list[Kernel]:
+    """The kernels that a function calls on abstract values."""
+    found: dict[str, list[tuple[Any, int]]] = {}
+    for eqn, times in kernel_calls(jax.make_jaxpr(fn)(*arguments)):
+        found.setdefault(kernel_name(eqn), []).append((eqn, times))
+    dtypes = lambda atoms: tuple(dict.fromkeys(_array(atom.aval).dtype for atom in atoms))
+    return [
+        Kernel(
+            name,
+            sum(times for _, times in same),
+            dtypes(atom for eqn, _ in same for atom in eqn.invars),
+            dtypes(atom for eqn, _ in same for atom in eqn.outvars),
+        )
+        for name, same in found.items()
+    ]
 
 
 def _computes(eqn, body, operands: tuple[Array, ...]) -> str:

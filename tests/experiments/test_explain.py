@@ -1,5 +1,6 @@
 """`explain`: what it says of parameters and operations, held against independent knowledge."""
 
+import dataclasses
 import json
 import resource
 import subprocess
@@ -14,7 +15,7 @@ from deepseek_jax.counts import train_flops_per_token
 from deepseek_jax.training import abstract_state
 from experiments import explain, program
 from experiments.explain import ExplainArgs
-from tests.configs import TINY, make_run
+from tests.configs import TINY, WIDE, make_run
 
 
 def explained(run, mesh=None, device=None):
@@ -157,3 +158,48 @@ def test_the_671b_model_takes_seconds_and_little_memory(tmp_path, root):
     }
     for word in ("moe.ffn.w_down_EDF", "BTQ,NAQ->BTNA", "top_k", "exp (softmax)", "rsqrt (norm)"):
         assert word in done.stdout
+
+
+# FP8.
+
+
+@pytest.fixture(scope="module")
+def fp8():
+    """A model whose inputs are multiples of 16 wide, as an H200 and as a CPU would run it."""
+    config = dataclasses.replace(WIDE, num_mtp=0)
+    run = make_run(config, precision=ds.Precision.of("fp8"))
+    return run, explained(run, device="h200"), explained(run, device="cpu")
+
+
+def test_every_matrix_of_an_fp8_model_but_router_and_head_multiplies_in_fp8(fp8):
+    _, *both = fp8
+    for ops, rows in both:
+        for row in rows:
+            name = row["parameter"]
+            if "router" in name:
+                assert row["computes in"] == "dot_general fp32"
+            elif name == "head_VD":
+                assert row["computes in"] == "dot_general bf16"
+            elif len(row["letters"].strip("L")) > 1 and name != "embed_VD":
+                assert row["computes in"].endswith("linear fp8"), row
+        assert {op.computes for op in ops if op.name in program.WHOLE.values()} == {"fp8"}
+
+
+def test_explain_names_the_kernels_of_fp8_products_or_the_reference(fp8):
+    _, (h200, _), (cpu, _) = fp8
+    label = lambda ops: {op.name: op.label for op in ops if op.name.endswith("linear")}
+    assert label(h200)["linear"].endswith("matmul_fp8")
+    assert label(h200)["grouped_linear"] == "by grouped_matmul_fp8_by_rows"
+    assert label(h200)["grouped_swiglu_linear"].startswith("by swiglu_quantize_fp8, grouped_matmul")
+    assert set(label(cpu).values()) == {"by the reference"}
+
+
+def test_explain_counts_the_kernels_of_the_gradient(fp8):
+    run, *_ = fp8
+    rows = {row["kernel"]: row for row in explain.kernel_rows(run, abstract_state(run), "h200")}
+    # A dense and a MoE layer: 8 matrices, and 5 + 3 + 3 of which 3 are of experts.
+    assert rows["quantize_blocks_fp8"]["calls"] == 8 + 11
+    assert rows["weight_gradient_fp8"]["calls"] == 8 + 8
+    assert rows["grouped_matmul_fp8_by_contraction"]["calls"] == 3
+    assert rows["grouped_matmul_fp8_by_rows"]["returns"] == "bf16"
+    assert explain.kernel_rows(run, abstract_state(run), "cpu") == []
