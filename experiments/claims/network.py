@@ -109,10 +109,10 @@ def deepep_choices(num_nodes: int, tokens: int) -> np.ndarray:
 def ring_rates(*, replicas: int, queue_pairs: int, seeds: int) -> dict[str, float]:
     """GB/s of all-gather and reduce-scatter among data-parallel ranks, by routing and TP.
 
-    Eight nodes fill a leaf of a full network of 128-port switches and hold one replica; a node's ring
-    leads to the same node of the next replica, NIC to NIC. With tensor parallelism t a node
-    holds 8 / t ranks of each of t groups, whose rings use the 8 / t NICs of those ranks. All
-    move equal bytes, so a group is as fast as the slowest queue pair of its rings.
+    Eight nodes fill a leaf of a full network of 128-port switches and hold one replica; a node's
+    ring leads to the same node of the next replica, NIC to NIC. With tensor parallelism t a
+    node holds 8 / t ranks of each of t groups, whose rings use the 8 / t NICs of those ranks.
+    All move equal bytes, so a group is as fast as the slowest queue pair of its rings.
     """
     topology = two_layer_fat_tree(128)
     cluster = attached(topology, 8 * replicas, node=Node(link=ROCE))

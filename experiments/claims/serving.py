@@ -1,6 +1,9 @@
 """Claims on serving and hardware: the published day of service, SMs, lanes, ratios of links."""
 
-from experiments.claims.claim import EXACT, ROUNDED, Claim, apart, within
+from deepseek_jax import configs
+from deepseek_jax.counts import param_counts, train_flops_per_token
+from experiments.claims.claim import AT_MOST, EXACT, MODELLED, ROUNDED, Claim, apart, within
+from experiments.claims.memory import latent_cache
 
 # The published 24 hours: 10^9 tokens, and dollars for 10^6 tokens of each kind.
 TOKENS = {"hit": 342.0, "miss": 608.0 - 342.0, "output": 168.0}
@@ -29,6 +32,23 @@ def nodes_in_use(*, prefill_rate: float, decode_rate: float) -> float:
     day = 86400
     tokens_in = (TOKENS["hit"] + TOKENS["miss"]) * 1e9
     return tokens_in / day / prefill_rate + TOKENS["output"] * 1e9 / day / decode_rate
+
+
+def prefill_flops(*, node_rate: float, hit: float, length: int) -> float:
+    """TFLOP/s of a prefill GPU: forward of the tokens that the cache does not have."""
+    flops = train_flops_per_token(configs.deepseek_v3(), length, causal=True, mtp=False) / 3
+    return node_rate * (1 - hit) / 8 * flops / 1e12
+
+
+def decode_memory(
+    *, node_rate: float, user_rate: float, context: float, gpus: int, places: int
+) -> float:
+    """GB of a decode GPU: its experts and everything else in FP8, and its users' caches."""
+    config = configs.deepseek_v3()
+    expert = 3 * config.model_dim * config.expert_ffn_dim * config.num_moe_layers
+    rest = param_counts(config).total_without_mtp - config.num_experts * expert
+    users = node_rate / 8 / user_rate
+    return (rest + places / gpus * expert + users * context * latent_cache() * 1e3) / 1e9
 
 
 def cache_hits(*, hit: float) -> float:
@@ -109,6 +129,32 @@ CLAIMS = (
         tolerance=apart(0.06),
         how="342 / 608; 56.25 from the rounded counts.",
         otherwise=dict(hit=340.0),
+    ),
+    Claim(
+        name="prefill_rate",
+        section=OVERVIEW,
+        says="73.7 thousand tokens/s of a prefill node: TFLOP/s of a GPU, below its BF16 peak",
+        printed=989,
+        compute=prefill_flops,
+        inputs=dict(node_rate=73_700, hit=0.5625, length=4096),
+        tolerance=AT_MOST,
+        verdict=MODELLED,
+        how="A third of a training token's operations (forward only) for the tokens not found in "
+        "the cache. A rate that the GPUs cannot compute would show here.",
+        otherwise=dict(node_rate=737_000),
+    ),
+    Claim(
+        name="decode_memory",
+        section=OVERVIEW,
+        says="14.8 thousand tokens/s of a decode node, 21 for each user: GB of a GPU, of 80",
+        printed=80,
+        compute=decode_memory,
+        inputs=dict(node_rate=14_800, user_rate=21, context=4989, gpus=144, places=288),
+        tolerance=AT_MOST,
+        verdict=MODELLED,
+        how="88 users on each GPU, 4,989 tokens of 70,272 bytes for each; two experts of each "
+        "layer and all that is no routed expert, counted on the model, a byte a parameter.",
+        otherwise=dict(user_rate=10),
     ),
     Claim(
         name="communication_sms",

@@ -82,27 +82,28 @@ def _hop_by_hop(topology, hops_SS, first_R, last_R, inner_PR, pick: Callable) ->
     at_R = first_R.astype(np.int64)
     for hop in range(len(inner_PR)):
         on = np.flatnonzero(at_R != last_R)
-        # What lies next depends on (here, target) alone: it is worked out once for each pair.
-        key = at_R[on] * size + last_R[on]
+        # What lies next depends on (here, target) alone: it is worked out once for each pair U.
+        key_R = at_R[on] * size + last_R[on]
         used = np.zeros(size * size, bool)
-        used[key] = True
-        pairs = np.flatnonzero(used)
+        used[key_R] = True
+        key_U = np.flatnonzero(used)
         number = np.zeros(size * size, np.int32)
-        number[pairs] = np.arange(len(pairs))
-        here, there = pairs // size, pairs % size
-        near = neighbour_SD[here]
-        nearer = (near >= 0) & (hops_SS[near, there[:, None]] == hops_SS[here, there][:, None] - 1)
-        slots = np.argsort(~nearer, axis=1, kind="stable").astype(np.int16)
-        choices = nearer.sum(1)
+        number[key_U] = np.arange(len(key_U))
+        here_U, there_U = key_U // size, key_U % size
+        near_UD, left_U = neighbour_SD[here_U], hops_SS[here_U, there_U]
+        nearer_UD = hops_SS[near_UD, there_U[:, None]] == left_U[:, None] - 1
+        nearer_UD &= near_UD >= 0
+        slot_UD = np.argsort(~nearer_UD, axis=1, kind="stable").astype(np.int16)
+        choices_U = nearer_UD.sum(1)
         # Cables to the same switch stand side by side; `same` is how many, if all have as many.
-        turns = np.diff(np.take_along_axis(near, slots, 1), axis=1) != 0
-        inside = np.arange(turns.shape[1]) < choices[:, None] - 1
-        switches = 1 + (turns & inside).sum(1)
-        same = np.where(choices % switches == 0, choices // switches, 1)
-        pair = number[key]
-        slot = slots[pair, pick(hop, on, choices[pair], same[pair])]
-        inner_PR[hop, on] = link_SD[at_R[on], slot]
-        at_R[on] = neighbour_SD[at_R[on], slot]
+        turns_UD = np.diff(np.take_along_axis(near_UD, slot_UD, 1), axis=1) != 0
+        turns_UD &= np.arange(turns_UD.shape[1]) < choices_U[:, None] - 1
+        switches_U = 1 + turns_UD.sum(1)
+        same_U = np.where(choices_U % switches_U == 0, choices_U // switches_U, 1)
+        pair_R = number[key_R]
+        slot_R = slot_UD[pair_R, pick(hop, on, choices_U[pair_R], same_U[pair_R])]
+        inner_PR[hop, on] = link_SD[at_R[on], slot_R]
+        at_R[on] = neighbour_SD[at_R[on], slot_R]
 
 
 def _by_target(target_R) -> Callable:
