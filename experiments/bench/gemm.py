@@ -72,7 +72,9 @@ def product(section: str, m: int, n: int, k: int, *, bf16: bool = False) -> Case
 
 
 def weight_gradient(tokens: int, n: int, k: int) -> Case:
-    call = functools.partial(hopper.weight_gradient, tiles=hopper.GRADIENT_TILES, cores=cores())
+    call = functools.partial(
+        hopper.weight_gradient, tiles=hopper.gradient_tiles_of(n, k), cores=cores()
+    )
     operands = (*tile_specs(n, tokens), *tile_specs(k, tokens))
     programs = {
         "ours, accumulating": Program(call, (*operands, spec((n, k), F32)), carried=True),

@@ -80,7 +80,10 @@ def shape_name(sizes: np.ndarray, n: int, k: int) -> str:
 def fp8_rows(sizes: np.ndarray, n: int, k: int, section: str) -> Case:
     groups, rows = len(sizes), int(sizes.sum())
     call = functools.partial(
-        fp8.by_rows, tiles=fp8.tiles_of(ROWS, groups), cores=cores(), out_dtype=jnp.dtype(BF16)
+        fp8.by_rows,
+        tiles=fp8.tiles_of(ROWS, groups, n, k),
+        cores=cores(),
+        out_dtype=jnp.dtype(BF16),
     )
     operands = (*tile_specs(ROWS, k), *weight_specs(n, k, groups), *places(sizes))
     peers = {}
@@ -98,7 +101,8 @@ def fp8_rows(sizes: np.ndarray, n: int, k: int, section: str) -> Case:
 
 def fp8_contraction(sizes: np.ndarray, n: int, k: int) -> Case:
     groups = len(sizes)
-    call = functools.partial(fp8.by_contraction, tiles=fp8.GRADIENT_TILES, cores=cores())
+    tiles = fp8.gradient_tiles_of(ROWS, groups, n, k)
+    call = functools.partial(fp8.by_contraction, tiles=tiles, cores=cores())
     operands = (*tile_specs(n, ROWS), *tile_specs(k, ROWS), *places(sizes))
     total = spec((groups, n, k), F32)
     programs = {
@@ -117,7 +121,7 @@ def bf16_rows(sizes: np.ndarray, n: int, k: int) -> Case:
         bf16.by_rows,
         alignment=128,
         contract_last=last,
-        tiles=bf16.tiles_by_rows(n),
+        tiles=bf16.tiles_by_rows(ROWS, groups, n, k),
         cores=cores(),
     )
     x, w = spec((ROWS, k), BF16), spec((groups, n, k) if last else (groups, k, n), BF16)
@@ -133,7 +137,7 @@ def bf16_contraction(sizes: np.ndarray, n: int, k: int) -> Case:
     call = lambda dtype: functools.partial(
         bf16.by_contraction,
         alignment=128,
-        tiles=bf16.tiles_by_contraction(ROWS, groups),
+        tiles=bf16.tiles_by_contraction(ROWS, groups, n, k),
         cores=cores(),
         out_dtype=jnp.dtype(dtype),
     )

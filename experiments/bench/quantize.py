@@ -35,7 +35,8 @@ class BenchQuantizeArgs(KernelArgs):
 
     At 4096 and 16384 rows of 2048, 7168 and 18432: tiles by rows, with RMSNorm (its row sums
     given), with SwiGLU and routing weights, both layouts in one pass, re-tiling for the weight
-    gradient, SwiGLU backward; and weights in blocks of 128 x 128 with their transpose. No peer but the copy.
+    gradient, SwiGLU backward; and weights in blocks of 128 x 128 with their transpose. There is no
+    peer but the copy.
     """
 
 

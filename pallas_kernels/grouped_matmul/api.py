@@ -124,6 +124,7 @@ _grouped_matmul.defvjp(_forward, _backward)
 
 def _by_rows(x, w_GNK, group_sizes_G, alignment, implementation, *, contract_last):
     w_GNK = w_GNK.astype(x.dtype)
+    sides = w_GNK.shape[1:] if contract_last else w_GNK.shape[:0:-1]
     if implementation == "hopper":
         return hopper.by_rows(
             x,
@@ -131,7 +132,7 @@ def _by_rows(x, w_GNK, group_sizes_G, alignment, implementation, *, contract_las
             group_sizes_G,
             alignment=alignment,
             contract_last=contract_last,
-            tiles=hopper.tiles_by_rows(w_GNK.shape[1 if contract_last else 2]),
+            tiles=hopper.tiles_by_rows(x.shape[0], w_GNK.shape[0], *sides),
             cores=mosaic.target().cores,
         )
     return reference.by_rows(
@@ -146,7 +147,9 @@ def _by_contraction(y_MN, x_MK, group_sizes_G, alignment, implementation, out_dt
             x_MK,
             group_sizes_G,
             alignment=alignment,
-            tiles=hopper.tiles_by_contraction(x_MK.shape[0], group_sizes_G.shape[0]),
+            tiles=hopper.tiles_by_contraction(
+                x_MK.shape[0], group_sizes_G.shape[0], y_MN.shape[1], x_MK.shape[1]
+            ),
             cores=mosaic.target().cores,
             out_dtype=jnp.dtype(out_dtype),
         )

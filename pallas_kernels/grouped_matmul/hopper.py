@@ -4,10 +4,8 @@ The structure is pipeline.py's, with two compute warpgroups. Group sizes are rea
 nothing waits for the host.
 """
 
-import dataclasses
 import functools
 import math
-from typing import ClassVar
 
 import jax
 import jax.experimental.pallas as pl
@@ -17,48 +15,22 @@ from jax import lax
 from jaxtyping import Array, BFloat16, Float, Int32
 
 from pallas_kernels import mosaic, pipeline
+from pallas_kernels.grouped_matmul import tuned
 from pallas_kernels.grouped_matmul.groups import group_of_block, group_starts, padded_sizes
-
-WARPGROUPS = 2
-ROWS = 64 * WARPGROUPS
-DEPTH = 64
+from pallas_kernels.grouped_matmul.tiles import DEPTH, ROWS, Tiles
 
 
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """Shape of a block's work; 227 KiB of shared memory bound the stages and the store buffers.
-
-    Columns that are no multiple of 64 serve only weights whose last dimension is contracted.
-    """
-
-    columns: int = 256
-    stages: int = 4
-    # Columns and number of the pieces in which a warpgroup stores its rows.
-    store_columns: int = 64
-    store_buffers: int = 2
-    # Row tiles of a band that is walked column by column, for the L2 cache.
-    band: int = 16
-    pair: bool = True
-    warpgroups: ClassVar[int] = WARPGROUPS
-    memory_registers: ClassVar[int] = 40
-
-    def __post_init__(self):
-        if self.columns % 8 or not 8 <= self.columns <= 256:
-            raise ValueError(f"{self.columns=} must be a multiple of 8 up to 256")
-        pipeline.check_store(self)
-
-
-def tiles_by_rows(columns: int) -> Tiles:
-    """Tiles for an output of so many columns.
+def tiles_by_rows(rows: int, groups: int, n: int, k: int) -> Tiles:
+    """Tiles for so many rows in groups with weights of n outputs and k inputs.
 
     Without pairs: best or within 2 % of the best of seven tiles on 8, 32 and 64 groups. Geometric
     mean over torch's `_grouped_mm` 1.07 (H200, 32,768 rows, both orders of the weight).
     """
-    return Tiles(pair=False)
+    return tuned.TILES.get((rows // groups, n, k), Tiles(pair=False))
 
 
-def tiles_by_contraction(rows: int, groups: int) -> Tiles:
-    """Tiles for weight gradients of so many groups.
+def tiles_by_contraction(rows: int, groups: int, n: int, k: int) -> Tiles:
+    """Tiles for weight gradients [n, k] of so many rows in groups.
 
     TFLOP/s on an H200, the FP32 output included, beside torch's `_grouped_mm` with a BF16 one:
       rows a group   output       3 stages, pairs   4 stages, no pairs   torch
@@ -67,9 +39,9 @@ def tiles_by_contraction(rows: int, groups: int) -> Tiles:
       1024           4096 x 7168  647               675                  714
       1536           1408 x 2048  702               712                  661
     """
-    if rows >= 2048 * groups:
-        return Tiles(stages=3, store_columns=32, store_buffers=4)
-    return Tiles(store_columns=32, pair=False)
+    few = rows < 2048 * groups
+    rule = Tiles(store_columns=32, pair=False) if few else Tiles(256, 3, 32, 4)
+    return tuned.GRADIENT_TILES.get((rows // groups, n, k), rule)
 
 
 def _multiply(first, steps, tiles, full, free, mma, prepare=None):

@@ -56,7 +56,7 @@ def by_rows(
         scale_Gnk,
         group_starts(group_sizes_G, TILE),
         padded_sizes(group_sizes_G, TILE),
-        tiles=hopper.tiles_of(a.codes.shape[0], codes_GNK.shape[0]),
+        tiles=hopper.tiles_of(a.codes.shape[0], *codes_GNK.shape),
         cores=mosaic.target().cores,
         out_dtype=jnp.dtype(out_dtype),
     )
@@ -104,7 +104,7 @@ def by_contraction(
         group_starts(group_sizes_G, TILE),
         padded_sizes(group_sizes_G, TILE),
         accumulator_GNK,
-        tiles=hopper.GRADIENT_TILES,
+        tiles=hopper.gradient_tiles_of(y.codes.shape[1], *shape),
         cores=mosaic.target().cores,
     )
 

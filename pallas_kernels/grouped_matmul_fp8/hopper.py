@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import block_scaled, tile_scaled
+from pallas_kernels.grouped_matmul_fp8 import tuned
 
 # One H200, 32768 rows, TFLOP/s over torch's precise row-wise `_scaled_grouped_mm`
 # for (N, K) = (4096, 7168), (7168, 2048), (7168, 4096), (2048, 7168): 8 groups 1.15, 1.29, 1.15,
@@ -19,9 +20,14 @@ GRADIENT_TILES = tile_scaled.Tiles(
 )
 
 
-def tiles_of(rows: int, groups: int) -> block_scaled.Tiles:
-    """Tiles for so many rows in so many groups."""
-    return TILES
+def tiles_of(rows: int, groups: int, n: int, k: int) -> block_scaled.Tiles:
+    """Tiles for so many rows in groups with weights [n, k]."""
+    return tuned.TILES.get((rows // groups, n, k), TILES)
+
+
+def gradient_tiles_of(rows: int, groups: int, n: int, k: int) -> tile_scaled.Tiles:
+    """Tiles for weight gradients [n, k] of so many rows in groups."""
+    return tuned.GRADIENT_TILES.get((rows // groups, n, k), GRADIENT_TILES)
 
 
 def row_tiles(starts_G, padded_G, num_rows: int, rows: int) -> tuple[jax.Array, ...]:

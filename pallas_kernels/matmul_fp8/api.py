@@ -75,7 +75,11 @@ def weight_gradient(
         w_NK = reference.weight_gradient(*y, *x)
         return w_NK if accumulator_NK is None else accumulator_NK + w_NK
     return hopper.weight_gradient(
-        *y, *x, accumulator_NK, tiles=hopper.GRADIENT_TILES, cores=mosaic.target().cores
+        *y,
+        *x,
+        accumulator_NK,
+        tiles=hopper.gradient_tiles_of(*shape),
+        cores=mosaic.target().cores,
     )
 
 

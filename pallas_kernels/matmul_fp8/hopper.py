@@ -9,17 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import block_scaled, pipeline, tile_scaled
+from pallas_kernels.matmul_fp8 import tuned
 
-# TFLOP/s over cuBLASLt's block-scaled product at M = 4096, one H200, one run, before row tiles were
-# balanced: 2112 x 7168 1.198, 24576 x 1536 1.139, 32768 x 512 1.258, 7168 x 16384 1.038,
-# 4096 x 7168 1.045, 7168 x 2048 1.164, and 8192 cubed 1.057.
-TILES = {
-    (2112, 7168): block_scaled.Tiles(band=16),
-    (24576, 1536): block_scaled.Tiles(store_columns=64, store_buffers=1),
-    (32768, 512): block_scaled.Tiles(store_columns=64, store_buffers=1),
-    (7168, 16384): block_scaled.Tiles(band=7),
-    (7168, 2048): block_scaled.Tiles(band=7),
-}
 # Time of a tile of so many times 64 rows, by 128 columns: two warpgroups reach 1240 TFLOP/s where
 # three reach 1419.
 COST = (0.0, 0.76, 0.76, 1.0)
@@ -28,6 +19,9 @@ COST = (0.0, 0.76, 0.76, 1.0)
 def tiles_of(rows: int, n: int, k: int, cores: int) -> block_scaled.Tiles:
     """Tiles of the product of so many rows with a weight [n, k]."""
     if rows <= 128:
+        measured = tuned.FEW.get((64 if rows <= 64 else 128, n, k))
+        if measured is not None:
+            return measured
         # The weight is read once, so it is its bytes that matter: narrow tiles spread it over all
         # SMs, deep rings keep enough of it in flight.
         warpgroups = 1 if rows <= 64 else 2
@@ -40,7 +34,7 @@ def tiles_of(rows: int, n: int, k: int, cores: int) -> block_scaled.Tiles:
             pair=False,
             memory_registers=40,
         )
-    tiles = TILES.get((n, k), block_scaled.Tiles())
+    tiles = tuned.TILES.get((n, k), block_scaled.Tiles())
     return dataclasses.replace(tiles, row_tiles=balanced_row_tiles(rows, n, tiles, cores))
 
 
@@ -73,6 +67,11 @@ def balanced_row_tiles(rows: int, n: int, tiles: block_scaled.Tiles, cores: int)
 GRADIENT_TILES = tile_scaled.Tiles(
     columns=96, warpgroups=3, stages=4, store_buffers=3, band=16, memory_registers=24
 )
+
+
+def gradient_tiles_of(n: int, k: int) -> tile_scaled.Tiles:
+    """Tiles of a weight gradient [n, k]."""
+    return tuned.GRADIENT_TILES.get((n, k), GRADIENT_TILES)
 
 
 @functools.partial(jax.jit, static_argnames=("tiles", "cores", "out_dtype", "interpret"))

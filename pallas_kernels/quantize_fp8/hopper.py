@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import mosaic
+from pallas_kernels.quantize_fp8 import tuned
 from pallas_kernels.quantize_fp8.encode import (
     BF16,
     BY_COLUMN,
@@ -32,29 +33,13 @@ from pallas_kernels.quantize_fp8.encode import (
     swish,
     transposed,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """Blocks on an SM, tiles that each has in flight, and warpgroups that share a tile.
-
-    227 KiB of shared memory and 64 Ki registers of an SM bound the blocks: one that does not fit
-    runs after the others, which costs more than it brings.
-    """
-
-    blocks: int = 2
-    stages: int = 2
-    warpgroups: int = 1
-
-    def __post_init__(self):
-        if self.blocks < 1 or self.stages < 1:
-            raise ValueError(f"{self.blocks=} and {self.stages=} must be positive")
-        if self.warpgroups not in (1, 2):
-            raise ValueError(f"{self.warpgroups=} must be 1 or 2")
+from pallas_kernels.quantize_fp8.tiles import Tiles
 
 
 def tiles_of(form: "Form") -> Tiles:
-    """As many bytes in flight as fit."""
+    """As measured, or as many bytes in flight as fit."""
+    if form.key in tuned.TILES:
+        return tuned.TILES[form.key]
     if not form.columns:
         return Tiles(blocks=2 if form.inputs == 2 else 4)
     return Tiles(blocks=1 if form.inputs == 2 else 2, warpgroups=2)
@@ -81,6 +66,11 @@ class Form:
     def plain(self) -> bool:
         """The values are those of the operand in memory."""
         return not (self.inputs == 2 or self.codes or self.by_row or self.by_column)
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """What decides how the form is best laid out."""
+        return (self.inputs, int(self.codes), int(self.rows), int(self.columns))
 
     @property
     def height(self) -> int:

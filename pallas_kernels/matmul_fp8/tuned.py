@@ -1,0 +1,21 @@
+"""Tiles of dense FP8 products for the shapes of V3, as found on one NVIDIA H200 in November 2026.
+
+Written by `bench tune gemm`; a shape that is not here follows the rules in hopper.py.
+"""
+
+from pallas_kernels import block_scaled, tile_scaled
+
+# (N, K), for more than 128 rows.
+TILES: dict[tuple[int, ...], block_scaled.Tiles] = {
+    (2112, 7168): block_scaled.Tiles(band=16),
+    (24576, 1536): block_scaled.Tiles(store_columns=64, store_buffers=1),
+    (32768, 512): block_scaled.Tiles(store_columns=64, store_buffers=1),
+    (7168, 2048): block_scaled.Tiles(band=7),
+    (7168, 16384): block_scaled.Tiles(band=7),
+}
+
+# (rows, N, K), for 64 rows and for 128.
+FEW: dict[tuple[int, ...], block_scaled.Tiles] = {}
+
+# (N, K) of weight gradients.
+GRADIENT_TILES: dict[tuple[int, ...], tile_scaled.Tiles] = {}
