@@ -11,7 +11,7 @@ from sharding.network.collectives import all_to_all, exchange, ring
 from sharding.network.damage import damage, plane_switches
 from sharding.network.dragonfly import dragonfly
 from sharding.network.fat_tree import two_layer_fat_tree
-from sharding.network.flows import Routes, load, max_min_rates
+from sharding.network.flows import Routes, finish_seconds, load, max_min_rates
 from sharding.network.latency import INFINIBAND, NVLINK, ROCE
 from sharding.network.slim_fly import slim_fly
 
@@ -33,7 +33,7 @@ def test_an_all_to_all_without_conflicts_runs_at_the_speed_of_the_nics(nodes, po
     [(2, "adaptive"), (4, "static"), (16, "adaptive"), (64, "static"), (64, "adaptive"),
      (256, "static"), (256, "adaptive")],
 )  # fmt: skip
-@pytest.mark.parametrize("message", [8.0, 1e4, 1e8])
+@pytest.mark.parametrize("message", [8.0, 1e7])
 def test_planes_are_as_fast_as_rails(nodes, policy, message):
     planes, rails = (
         all_to_all(build(nodes), message, policy=policy).seconds
@@ -56,13 +56,14 @@ def test_hashed_flows_lose_as_much_on_planes_as_on_rails(seed):
 def test_an_all_to_all_over_2048_gpus_takes_seconds_to_simulate():
     cluster = multi_plane(256)
     begin = time.perf_counter()
-    timing = all_to_all(cluster, 2**20, policy="ecmp")
     routes = exchange(cluster, np.full((256, 256, 8), 8.0 * 2**20), "ecmp")
+    seconds = finish_seconds(routes, cluster.capacity_L)
     rate_R = max_min_rates(routes.link_PR, cluster.capacity_L)
-    seconds = time.perf_counter() - begin
+    assert time.perf_counter() - begin < 60
     assert len(rate_R) == 256 * 255 * 8
-    assert timing.network == pytest.approx((routes.bytes_R / rate_R).max())
-    assert seconds < 60
+    # Equal flows: the slowest rate alone decides.
+    assert seconds == pytest.approx((routes.bytes_R / rate_R).max())
+    assert seconds > 1.05 * 8 * 2**20 * 255 / 50e9
 
 
 @pytest.mark.slow

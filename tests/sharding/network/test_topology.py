@@ -33,7 +33,8 @@ def sizes(topology):
         (three_layer_fat_tree, 65_536, 5_120, 131_072, 4),
         (lambda: slim_fly(27), 30_618, 1_458, 29_889, 2),
         (lambda: slim_fly(29), 35_322, 1_682, 36_163, 2),
-        (lambda: dragonfly(groups=511), 261_632, 16_352, 384_272, 3),
+        # Its diameter takes seconds and is a claim of its own.
+        (lambda: dragonfly(groups=511), 261_632, 16_352, 384_272, None),
     ],
     ids=["FT2", "MPFT", "FT3", "SF27", "SF29", "DF511"],
 )
@@ -43,9 +44,8 @@ def test_full_size(build, endpoints, switches, cables, hops):
     used = np.bincount(topology.ends_C2.ravel(), minlength=switches)
     used += np.bincount(topology.switch_E, minlength=switches)
     assert used.max() <= topology.ports == 64
-    if hops is None:
-        assert len(np.unique(components(topology))) == 8
-    else:
+    assert len(np.unique(components(topology))) == (8 if "planes" in topology.name else 1)
+    if hops is not None:
         assert diameter(check_connected(topology)) == hops
 
 
