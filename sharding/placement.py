@@ -196,6 +196,8 @@ def _gather(x: jax.Array, rest: PartitionSpec, work: PartitionSpec, split: set[s
 
     Where devices of an axis compute the same, what they gather over it is the same on all.
     """
+    # Before the gather, so that cotangents are scattered first and only then added up over copies.
+    x = _vary(x, split - set(_axes(rest)))
     for dim, (held, wanted) in enumerate(zip(rest, work, strict=True)):
         held, wanted = _axes_of(held), _axes_of(wanted)
         assert held[: len(wanted)] == wanted, (rest, work)
