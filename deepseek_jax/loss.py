@@ -29,7 +29,9 @@ def cross_entropy(
     are computed once.
     """
     summed = functools.partial(_cross_entropy, chunk_elements)
-    return local(summed, "BTD,VD,BT,BT->", whole="V")(hidden_BTD, head_VD, targets_BT, weight_BT)
+    # The gradients are made with the value. A checkpoint would keep the sums of every chunk.
+    loss = local(summed, "BTD,VD,BT,BT->", whole="V", again=False)
+    return loss(hidden_BTD, head_VD, targets_BT, weight_BT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -105,7 +105,7 @@ def batch_is_split() -> bool:
     return mesh is not None and any(mesh.shape[axis] > 1 for axis in BATCH_AXES)
 
 
-def local(fn: Callable, signature: str, *, whole: str = "") -> Callable:
+def local(fn: Callable, signature: str, *, whole: str = "", again: bool = True) -> Callable:
     """`fn` on local shards: `local(product, "BTD,FD->BTF")(x_BTD, w_FD)`.
 
     Operands with a B or T are activations, the others weights. What rests in more pieces than `fn`
@@ -118,6 +118,8 @@ def local(fn: Callable, signature: str, *, whole: str = "") -> Callable:
 
     Args:
       whole: letters that `fn` needs whole.
+      again: gather once more backward rather than keep; False where the gradient of `fn` needs
+        nothing of what was gathered.
     """
     mesh = current_mesh()
     if mesh is None:
@@ -125,8 +127,11 @@ def local(fn: Callable, signature: str, *, whole: str = "") -> Callable:
     inputs, outputs = (side.split(",") for side in signature.split("->"))
 
     def on_shards(*args):
-        sizes = {letter: n for dims, arg in zip(inputs, args, strict=True)
-                 for letter, n in zip(dims, arg.shape, strict=True)}
+        sizes: dict[str, int] = {}
+        for dims, arg in zip(inputs, args, strict=True):
+            for letter, n in zip(dims, arg.shape, strict=True):
+                # Of the first operand that has the letter: codes come later and may be padded.
+                sizes.setdefault(letter, n)
         place = functools.partial(_spec, sizes=sizes, mesh=mesh, whole=whole)
         # The tensor axis splits the sequence only where it splits nothing else.
         busy = any("tensor" in _axes(place(dims, PRODUCTS)) for dims in [*inputs, *outputs])
@@ -149,8 +154,10 @@ def local(fn: Callable, signature: str, *, whole: str = "") -> Callable:
 
         # What was gathered is not kept for the backward pass but gathered again.
         keep = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+        if again and rest != work:
+            body = jax.checkpoint(body, policy=keep, prevent_cse=False)
         return jax.shard_map(
-            jax.checkpoint(body, policy=keep, prevent_cse=False) if rest != work else body,
+            body,
             mesh=mesh,
             in_specs=tuple(rest),
             out_specs=tuple(results) if len(results) > 1 else results[0],

@@ -1,11 +1,15 @@
 """Chunked cross-entropy: value and gradients of the plain one, and no whole array of logits."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from deepseek_jax.loss import cross_entropy
+from sharding import make_mesh
+from sharding.placement import under_mesh
 from tests.configs import equations
 
 B, T, D, V = 3, 12, 10, 37
@@ -111,3 +115,16 @@ def test_bf16_hidden_states_give_an_fp32_loss_and_gradients_of_their_own_dtypes(
     assert relative_error(value, expected[0]) < limits["bf16"].value
     for a, b in zip(gradients, expected[1], strict=True):
         assert relative_error(a, b) < limits["bf16"].gradient
+
+
+def test_on_a_mesh_the_sums_of_earlier_chunks_are_not_kept():
+    mesh = make_mesh(jax.devices()[:2], fsdp=2)
+    shapes = [jax.ShapeDtypeStruct(s, d) for s, d in (
+        ((2, T, D), jnp.float32), ((V + 1, D), jnp.float32), ((2, T), jnp.int32),
+        ((2, T), jnp.float32),
+    )]  # fmt: skip
+    chunked = functools.partial(cross_entropy, chunk_elements=3 * (V + 1))
+    gradient = under_mesh(jax.grad(chunked, argnums=(0, 1)), mesh)
+    sizes = [v.aval.size for e in equations(jax.make_jaxpr(gradient)(*shapes)) for v in e.outvars]
+    # The gradient of the head on each of the two devices.
+    assert max(sizes) == 2 * (V + 1) * D
