@@ -40,6 +40,7 @@ from experiments.display import TrainingDisplay, duration
 from experiments.eval import compressors, recorded_shards, score, trained_model
 from experiments.imported import imported_run
 from experiments.recipes import recipe
+from experiments.records import metrics_lines
 from experiments.run_directory import RunDirectory, check_unchanged
 from experiments.submit import submit
 from experiments.tables import print_table, write_json
@@ -130,7 +131,6 @@ def run_here(args: LaunchArgs, aside: Path) -> None:
     if not args.resume and shards.tokenizer_file is not None:
         directory.write_tokenizer(shards.tokenizer_file)
     display = TrainingDisplay(run.steps)
-    began = time.perf_counter()
     try:
         state = train(
             run,
@@ -155,7 +155,7 @@ def run_here(args: LaunchArgs, aside: Path) -> None:
             write_report_if_possible(directory)
         raise SystemExit(128 + stopped.signum) from None
     with devices.scope():
-        finish(args, run, directory, shards, state, seconds=time.perf_counter() - began)
+        finish(args, run, directory, shards, state)
 
 
 def plan(args: LaunchArgs) -> tuple[Run, str, RunDirectory]:
@@ -363,9 +363,11 @@ def header(
 
 
 def finish(
-    args, run: Run, directory: RunDirectory, shards: TokenShards, state: TrainState, *, seconds
+    args, run: Run, directory: RunDirectory, shards: TokenShards, state: TrainState
 ) -> None:
     """Scores the validation text, samples, writes the summary and the report."""
+    # Of all steps, those before an interruption included.
+    seconds = sum(line["seconds"] for line in metrics_lines(directory.metrics))
     summary: dict[str, Any] = {
         "steps": int(state.step),
         "tokens": run.position_at(run.steps) * run.seq_len,
