@@ -96,6 +96,12 @@ COMMANDS = {
         "quantisation and its fused forms beside a copy of as many bytes",
         "--out runs/bench",
     ),
+    "bench tune": Command(
+        "experiments.bench.tune",
+        "bench_tune",
+        "tiles of the kernels measured on this GPU and written into the ops' tables",
+        "gemm",
+    ),
     "bench balance": Command(
         "experiments.bench.balance",
         "bench_balance",
@@ -107,6 +113,30 @@ COMMANDS = {
         "pipeline",
         "idle time and memory of pipeline schedules, and a picture of their timelines",
         "1f1b dualpipe --pair 2.5 --picture timelines.svg",
+    ),
+    "study accumulation": Command(
+        "experiments.study.accumulation",
+        "study_accumulation",
+        "bits that an FP8 accumulator keeps: error, training step",
+        "--picture accumulation.svg",
+    ),
+    "study convergence": Command(
+        "experiments.study.convergence",
+        "study_convergence",
+        "SMs that communicate, NVLink and NIC, multicast, PCIe: training step, time per token",
+        "--picture convergence.svg",
+    ),
+    "study fabric": Command(
+        "experiments.study.fabric",
+        "study_fabric",
+        "latency, CPU proxy, links and routing: time per token",
+        "--picture fabric.svg",
+    ),
+    "study map": Command(
+        "experiments.study.recommendations",
+        "study_map",
+        "the paper's recommendations on hardware, each with its study",
+        "",
     ),
     "report": Command(
         "experiments.report",

@@ -176,6 +176,7 @@ def time_cases(
 def calls_of(case: Case, peers: bool) -> dict[str, Call]:
     """What to time; operands of equal specs are one array."""
     made: dict[Any, np.ndarray] = {}
+    placed: dict[int, jax.Array] = {}
 
     def host(operand: Operand) -> np.ndarray:
         if isinstance(operand, np.ndarray):
@@ -187,9 +188,15 @@ def calls_of(case: Case, peers: bool) -> dict[str, Call]:
 
     def ours(program: Program) -> Call:
         compiled = program.compile()
-        operands = [for_jax(host(operand)) for operand in program.operands]
+        arrays = [host(operand) for operand in program.operands]
+        for array in arrays:
+            if id(array) not in placed:
+                placed[id(array)] = for_jax(array)
+        operands = [placed[id(array)] for array in arrays]
         if not program.carried:
             return Call(lambda: compiled(*operands))
+        # It is overwritten.
+        operands[-1] = for_jax(arrays[-1])
 
         def step():
             operands[-1] = compiled(*operands)
@@ -218,6 +225,10 @@ def ratios(rows: Iterable[Mapping[str, Any]], section: str, over: str) -> dict[s
     return {shape: theirs[shape] / ours[shape] for shape in ours if shape in theirs}
 
 
+def default_jobs() -> int:
+    return max(1, (os.cpu_count() or 2) // 2)
+
+
 @dataclass(frozen=True)
 class KernelArgs:
     """Check and time all kernels of ours on this GPU, beside the vendor's where torch is installed.
@@ -229,7 +240,7 @@ class KernelArgs:
     """Time torch's kernels (cuBLASLt and its own) in the same run."""
     checks: bool = True
     """Check the kernels against float64 before they are timed."""
-    jobs: int = dataclasses.field(default_factory=lambda: max(1, (os.cpu_count() or 2) // 2))
+    jobs: int = dataclasses.field(default_factory=default_jobs)
     """Processes that compile side by side."""
     limit: float = 240
     """Seconds after which a benchmark begins no further shape."""

@@ -53,6 +53,14 @@ def cases() -> list[Case]:
 
 def activations(name: str, m: int, k: int) -> Case:
     form, width = FORMS[name]
+    scales = 4 * m * k // 128 * (form.rows + form.columns + form.codes)
+    program = with_tiles(name, m, k, hopper.tiles_of(form))
+    return case(name, f"{m} x {k}", program, m * k * width + scales)
+
+
+def with_tiles(name: str, m: int, k: int, tiles: hopper.Tiles) -> Program:
+    """A form of quantisation in blocks, stages and warpgroups."""
+    form, _ = FORMS[name]
     inputs = (spec((m, k), F8 if form.codes else BF16),) * form.inputs
     factors = []
     if form.by_row or form.codes:
@@ -60,14 +68,13 @@ def activations(name: str, m: int, k: int) -> Case:
     if form.by_column:
         factors.append(spec((k,), F32))
     call = functools.partial(
-        hopper.quantize, form=form, tiles=hopper.tiles_of(form), cores=cores(), name="quantize_fp8"
+        hopper.quantize, form=form, tiles=tiles, cores=cores(), name="quantize_fp8"
     )
 
     def run(*operands):
         return call(operands[: form.inputs], *operands[form.inputs :])
 
-    scales = 4 * m * k // 128 * (form.rows + form.columns + form.codes)
-    return case(name, f"{m} x {k}", Program(run, (*inputs, *factors)), m * k * width + scales)
+    return Program(run, (*inputs, *factors))
 
 
 def backward(m: int, k: int) -> Case:

@@ -70,7 +70,8 @@ class Form:
     @property
     def key(self) -> tuple[int, ...]:
         """What decides how the form is best laid out."""
-        return (self.inputs, int(self.codes), int(self.rows), int(self.columns))
+        flags = (self.codes, self.by_column, self.rows, self.columns)
+        return (self.inputs, *map(int, flags))
 
     @property
     def height(self) -> int:

@@ -1,0 +1,197 @@
+"""The shapes whose tiles are tuned, the variants of each, and the program that is timed."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from experiments.bench import gemm, grouped, quantize
+from experiments.bench.kernel_data import up
+from experiments.bench.kernel_run import Case, Program, cores
+from pallas_kernels import block_scaled, tile_scaled
+from pallas_kernels.grouped_matmul import hopper as grouped_bf16
+from pallas_kernels.grouped_matmul import tiles as bf16_tiles
+from pallas_kernels.grouped_matmul_fp8 import hopper as grouped_fp8
+from pallas_kernels.matmul_fp8 import hopper as dense_fp8
+from pallas_kernels.quantize_fp8 import hopper as quantize_fp8
+from pallas_kernels.quantize_fp8 import tiles as quantize_tiles
+
+Tiles = Any
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Variants of the tiles of one shape, the present one first, and the entry they are for."""
+
+    op: str
+    table: str
+    key: tuple[int, ...]
+    variants: Mapping[str, Tiles]
+    program: Callable[[Tiles], Program]
+    flops: float
+    bytes: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.op}.{self.table}{self.key}"
+
+
+def variants(present: Tiles, **others: Tiles) -> dict[str, Tiles]:
+    """The present tiles, and those that differ from it."""
+    return {"present": present} | {n: t for n, t in others.items() if t != present}
+
+
+def of_case(case: Case, **found: Any) -> Choice:
+    return Choice(flops=case.flops, bytes=case.bytes, **found)
+
+
+def dense() -> Iterator[Choice]:
+    big = [(4096, n, k) for n, k in gemm.V3] + [(gemm.CUBE,) * 3]
+    big += [(4096, k, n) for n, k in gemm.V3]
+    for m, n, k in big:
+        make = block_scaled.Tiles
+        plain = {f"band{b}": make(band=b) for b in (4, 7, 8, 16)}
+        plain["wide"] = make(store_columns=64, store_buffers=1)
+        plain["stages5"] = make(stages=5, store_buffers=1)
+        # Row tiles are for a rule to choose, not for the table.
+        present = dataclasses.replace(dense_fp8.tiles_of(m, n, up(k, 128), cores()), row_tiles=0)
+        yield dense_choice("TILES", (n, up(k, 128)), m, n, k, variants(present, **plain))
+    for m in (64, 128):
+        for n, k in gemm.V3:
+            make = functools.partial(block_scaled.Tiles, 1 if m == 64 else 2, memory_registers=40)
+            few = {
+                "c32": make(32, 12 if m == 64 else 9, 32, 1, pair=False),
+                "c64": make(64, 10 if m == 64 else 8, pair=False),
+                "c64.pair": make(64, 10 if m == 64 else 8),
+                "c128": make(128, 7 if m == 64 else 6, pair=False),
+                "c128.pair": make(128, 7 if m == 64 else 6),
+            }
+            present = dense_fp8.tiles_of(m, n, k, cores())
+            yield dense_choice("FEW", (m, n, k), m, n, k, variants(present, **few))
+    for n, k in gemm.V3:
+        case = gemm.weight_gradient(4096, n, k)
+        yield of_case(
+            case,
+            op="matmul_fp8",
+            table="GRADIENT_TILES",
+            key=(n, k),
+            variants=variants(dense_fp8.gradient_tiles_of(n, k), **gradients()),
+            program=functools.partial(retiled, case.programs["ours, accumulating"]),
+        )
+
+
+def with_rows(tiles: Tiles, m: int, n: int) -> Tiles:
+    row_tiles = dense_fp8.balanced_row_tiles(m, n, tiles, cores())
+    return dataclasses.replace(tiles, row_tiles=row_tiles)
+
+
+def dense_choice(table, key, m, n, k, found) -> Choice:
+    case = gemm.product("", m, n, k)
+
+    def program(tiles):
+        if table == "TILES":
+            tiles = with_rows(tiles, m, n)
+        return retiled(case.programs["ours"], tiles)
+
+    return of_case(case, op="matmul_fp8", table=table, key=key, variants=found, program=program)
+
+
+def gradients() -> dict[str, Tiles]:
+    three = functools.partial(tile_scaled.Tiles, 3, 96, memory_registers=24)
+    return {
+        "3x96": three(4, 32, 3, band=16),
+        "3x96.band8": three(4, 32, 3, band=8),
+        "3x96.one": three(4, 96, 1, band=16),
+        "3x96.stages5": three(5, 32, 1, band=16),
+        "2x128": tile_scaled.Tiles(2, 128, 5, 32, 2, band=16),
+    }
+
+
+def retiled(program: Program, tiles: Tiles) -> Program:
+    """The same program with other tiles: its launcher is a partial, or a function of one."""
+    function = program.function
+    if isinstance(function, functools.partial):
+        changed = functools.partial(function.func, **{**function.keywords, "tiles": tiles})
+    else:
+        changed = functools.partial(function, tiles=tiles)
+    return dataclasses.replace(program, function=changed)
+
+
+def experts() -> Iterator[Choice]:
+    for groups in grouped.GROUPS:
+        sizes, each = grouped.equal(groups), grouped.ROWS // groups
+        for n, k in grouped.SHAPES:
+            make, present = block_scaled.Tiles, grouped_fp8.tiles_of(grouped.ROWS, groups, n, k)
+            found = {f"band{band}": make(band=band) for band in (8, 16, 32)}
+            found["wide"] = make(band=16, store_columns=64, store_buffers=1)
+            found["two"] = make(2, 128, 6, band=16, memory_registers=40)
+            case = grouped.fp8_rows(sizes, n, k, "")
+            yield grouped_choice(
+                case, "grouped_matmul_fp8", "TILES", (each, n, k), variants(present, **found)
+            )
+            make = bf16_tiles.Tiles
+            present = grouped_bf16.tiles_by_rows(grouped.ROWS, groups, n, k)
+            found = {"single": make(pair=False), "pair": make(), "narrow": make(192, 5, 64, 1)}
+            found["band8"] = make(band=8, pair=False)
+            case = grouped.bf16_rows(sizes, n, k)
+            yield grouped_choice(
+                case, "grouped_matmul", "TILES", (each, n, k), variants(present, **found)
+            )
+        for n, k in grouped.WEIGHTS:
+            present = grouped_fp8.gradient_tiles_of(grouped.ROWS, groups, n, k)
+            yield grouped_choice(
+                grouped.fp8_contraction(sizes, n, k),
+                "grouped_matmul_fp8",
+                "GRADIENT_TILES",
+                (each, n, k),
+                variants(present, **gradients()),
+            )
+            make = bf16_tiles.Tiles
+            present = grouped_bf16.tiles_by_contraction(grouped.ROWS, groups, n, k)
+            found = {"s4": make(256, 4, 32, 2, pair=False), "s3": make(256, 3, 32, 4)}
+            found |= {"s4.pair": make(256, 4, 32, 2), "wide": make(256, 4, 64, 1, pair=False)}
+            found["band4"] = make(256, 4, 32, 2, band=4, pair=False)
+            case = grouped.bf16_contraction(sizes, n, k)
+            yield grouped_choice(
+                case, "grouped_matmul", "GRADIENT_TILES", (each, n, k), variants(present, **found)
+            )
+
+
+def grouped_choice(case, op, table, key, found) -> Choice:
+    program = functools.partial(retiled, next(iter(case.programs.values())))
+    return of_case(case, op=op, table=table, key=key, variants=found, program=program)
+
+
+def quantising() -> Iterator[Choice]:
+    make = quantize_tiles.Tiles
+    for name, (form, _) in quantize.FORMS.items():
+        case = quantize.activations(name, 16384, 7168)
+        if form.columns:
+            found = {f"{b}.{s}.{w}": make(b, s, w) for b, s, w in ((2, 2, 2), (2, 1, 2), (1, 2, 2))}
+            found |= {"2.2.1": make(2, 2), "3.1.1": make(3, 1), "1.3.2": make(1, 3, 2)}
+        else:
+            found = {f"{b}.{s}": make(b, s) for b, s in ((4, 2), (3, 2), (2, 2), (3, 3), (2, 3))}
+            found |= {"4.1": make(4, 1), "3.1": make(3, 1)}
+        found = {n: t for n, t in found.items() if fits(form, t)}
+        present = quantize_fp8.tiles_of(form)
+        program = functools.partial(quantize.with_tiles, name, 16384, 7168)
+        yield of_case(
+            case,
+            op="quantize_fp8",
+            table="TILES",
+            key=form.key,
+            variants=variants(present, **found),
+            program=program,
+        )
+
+
+def fits(form: Any, tiles: Tiles) -> bool:
+    """Whether so many blocks fit on an SM; one that does not would run after the others."""
+    stage = form.inputs * form.height * 128 * (1 if form.codes else 2)
+    pieces = 8192 * (2 if form.columns else tiles.stages) * (form.rows + form.columns)
+    rest = 8192 * form.columns + 32768 * form.codes + 8192
+    return tiles.blocks * (tiles.stages * stage + pieces + rest) <= 228 * 1024
+
+
+CHOICES = {"gemm": dense, "grouped": experts, "quantize": quantising}
