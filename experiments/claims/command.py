@@ -11,8 +11,10 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from experiments.claims.claim import NOT_HERE, WRONG, Claim, Result, evaluate, judge
+from experiments.claims.claim import DISAGREES, NOT_HERE, WRONG, Claim, Result, evaluate, judge
 from experiments.claims.page import write_page
 from experiments.claims.table import CLAIMS, SUBJECTS
 from experiments.tables import print_table, show, write_json
@@ -43,7 +45,10 @@ def claims(args: ClaimsArgs) -> None:
     if len(args.names) == 1 and args.names[0] in CLAIMS:
         print(explained(results[0]))
     else:
-        print_table([row(result) for result in results], title="claims")
+        if Console().is_terminal:
+            print_on_terminal(results, Console(markup=False))
+        else:
+            print_table([row(result) for result in results], title="claims")
         print(summary(results))
     if args.json is not None:
         write_json(args.json, [record(result) for result in results])
@@ -80,6 +85,29 @@ def compute_all(chosen: Sequence[Claim]) -> list[Result]:
             status.update(f"{len(results) + 1}/{len(chosen)} {claim.name}")
             results.append(evaluate(claim))
     return results
+
+
+def print_on_terminal(results: Sequence[Result], console: Console) -> None:
+    """Five columns that fit a terminal, names whole, one value a line."""
+    table = Table(header_style="bold", show_lines=True)
+    table.add_column("name", no_wrap=True)
+    for name in ("claim", "printed", "ours"):
+        table.add_column(name, overflow="fold")
+    table.add_column("verdict", min_width=14)
+    lines = lambda value: "\n".join(
+        text({name: item}) for name, item in value.items() if item is not None
+    ) if isinstance(value, Mapping) else text(value)  # fmt: skip
+    for result in results:
+        claim = result.claim
+        style = "bold red" if result.verdict == DISAGREES else ""
+        table.add_row(
+            claim.name,
+            f"{claim.says} ({claim.section})",
+            lines(claim.printed),
+            lines(result.ours),
+            Text(f"{result.verdict}\n({claim.tolerance.words})", style),
+        )
+    console.print(table)
 
 
 def row(result: Result) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """Every claim gets the verdict it should, and another one when an input of it is changed."""
 
+import io
 import json
 
 import pytest
+from rich.console import Console
 
 from experiments.claims import claim as judging
 from experiments.claims.claim import (
@@ -20,7 +22,7 @@ from experiments.claims.claim import (
     judge,
     within,
 )
-from experiments.claims.command import explained, text
+from experiments.claims.command import explained, print_on_terminal, text
 from experiments.claims.table import CLAIMS, SUBJECTS
 from tests.experiments import runs
 
@@ -132,6 +134,17 @@ def test_the_command_prints_rows_and_writes_them(tmp_path):
     written = page.read_text()
     assert "<svg" in written and "Table 1" in written and "70.272" in written
     assert "http" not in written.replace("http://www.w3.org", "")
+
+
+def test_a_terminal_of_a_hundred_columns_shows_names_whole(results):
+    file = io.StringIO()
+    names = ("table_3_sf_graph", "kv_cache", "service_revenue")
+    console = Console(file=file, force_terminal=True, width=100, color_system=None)
+    print_on_terminal([results(name) for name in names], console)
+    lines = file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 100
+    for part in (*names, "LLaMA-3.1 405B", "562,100", "printed value is"):
+        assert part in file.getvalue()
 
 
 def test_a_page_draws_every_figure(results):
