@@ -55,7 +55,7 @@ def exchange(
     """Routes of what nodes send to nodes through NIC i of both; the diagonal stays at home.
 
     Where NIC i of the two nodes is cut off, all pairs of NICs that are not share its bytes, and
-    NVLink brings them where they belong.
+    NVLink, whose time for that is not counted, brings them where they belong.
 
     Raises:
       ValueError: two nodes with no path between them at all.

@@ -64,6 +64,11 @@ def test_an_all_to_all_over_2048_gpus_takes_seconds_to_simulate():
     # Equal flows: the slowest rate alone decides.
     assert seconds == pytest.approx((routes.bytes_R / rate_R).max())
     assert seconds > 1.05 * 8 * 2**20 * 255 / 50e9
+    # Fair rates fill no link beyond its capacity, and each route has one that they fill.
+    used_L = load(routes._replace(bytes_R=rate_R), len(cluster.capacity_L)) / cluster.capacity_L
+    assert used_L.max() < 1 + 1e-9
+    full_L = np.append(used_L > 1 - 1e-9, False)
+    assert full_L[routes.link_PR].any(0).all()
 
 
 @pytest.mark.slow

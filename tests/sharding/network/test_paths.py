@@ -106,6 +106,31 @@ def test_a_fat_tree_can_carry_half_its_endpoints_across():
     assert bisection(three_layer_fat_tree(8)) == 128 // 2
 
 
+@pytest.mark.parametrize(
+    ("build", "source", "target", "paths"),
+    [
+        # Between leaves of two layers: over every spine; with few leaves, over pairs of cables.
+        (two_layer_fat_tree, 0, 63, 32),
+        (lambda: two_layer_fat_tree(64, 8), 0, 7, 4 * 8 * 8),
+        # In three layers: inside a pod over its 32 switches, between pods over all 1,024 cores.
+        (three_layer_fat_tree, 0, 31, 32),
+        (three_layer_fat_tree, 0, 32, 1024),
+    ],
+    ids=["FT2", "FT2-8-leaves", "FT3-pod", "FT3-pods"],
+)
+def test_full_size_fat_trees_have_the_paths_of_their_closed_forms(build, source, target, paths):
+    topology = build()
+    hops_S = np.full(topology.num_switches, FAR, np.int8)
+    hops_S[source], ring, hops = 0, np.array([source]), 0
+    while len(ring):
+        hops += 1
+        near = topology.adjacency[0][ring]
+        ring = np.unique(near[near >= 0])
+        ring = ring[hops_S[ring] == FAR]
+        hops_S[ring] = hops
+    assert path_counts(topology, source, hops_S)[target] == paths
+
+
 def test_a_line_of_switches_is_cut_by_one_cable():
     line = Topology(
         "line", 3, 10, np.arange(10, dtype=np.int32),
