@@ -43,7 +43,7 @@ class SweepArgs:
     best: int = 20
     """How many to compile: the fastest of each mesh first, then the next."""
     measure: bool = False
-    """Run those on the devices of this machine too."""
+    """Run those on the devices of this machine instead."""
     out: Path | None = None
     """The folder; sweeps/RECIPE-CLUSTER by default."""
     json: Path | None = None
@@ -112,7 +112,7 @@ def sweep(
       run: a run, or the name of a recipe.
       where: a cluster, or its name.
       best: how many to compile for the cluster's own compiler, where it is installed.
-      measured: also run those on this machine's devices.
+      measured: run those on this machine's devices instead.
       out: a folder for the table, the picture, and what was compiled and measured so far.
     """
     run = recipe(run)(None) if isinstance(run, str) else run
@@ -121,7 +121,7 @@ def sweep(
     notes = Notes(out)
     chosen = shortlist(found, best)
     say(f"{len(found)} setups costed, {sum(c.fits for c in found)} fit by formula")
-    if chosen:
+    if chosen and not measured:
         compile_all(chosen, notes, say)
     if measured:
         for index, c in enumerate(chosen):

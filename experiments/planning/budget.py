@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from deepseek_jax.linear import DTYPES
 from experiments.planning.setup import Setup
 from experiments.planning.weights import (
+    WHOLE,
     Weight,
     optimizer_bytes,
     parameter_bytes,
@@ -144,10 +145,18 @@ def step_work(setup: Setup) -> list[Work]:
     return found
 
 
-def wire_bytes(weight: Weight, setup: Setup) -> int:
-    """Bytes of an element of a weight as it is gathered."""
-    fp32 = setup.run.precision.activations == "fp32" or weight.leaf in ("embed_VD", "router_ED")
-    return 4 if fp32 else itemsize(setup)
+def gathered_bytes(weight: Weight, setup: Setup) -> tuple[float, int]:
+    """Bytes of a weight's element in all gathers of a micro-batch, and how many gathers.
+
+    Masters are FP32; compilers move the cast to what products multiply in front of the gather in
+    scanned layers, but where attention is computed again backward. Embedding, head and MTP modules
+    stand alone and are gathered once, as they are.
+    """
+    scanned = weight.name.startswith(("dense.", "moe."))
+    if not scanned or setup.scheme.zero == 1:
+        return 4, 1
+    cast = itemsize(setup) if weight.leaf != "router_ED" else 4
+    return cast + (4 if "N" in weight.letters else cast), 2
 
 
 def step_transfers(setup: Setup) -> list[Transfer]:
@@ -156,25 +165,25 @@ def step_transfers(setup: Setup) -> list[Transfer]:
 
 
 def weight_transfers(setup: Setup) -> list[Transfer]:
-    """Gathers of weights and sums of gradients, for every micro-batch."""
+    """Gathers of weights and sums of gradients, for every micro-batch, axis by axis."""
     run, mesh, found = setup.run, setup.mesh, []
     for w in weights(run.config, mesh):
-        times, size = setup.accumulation * w.layers, w.size / shards(w.computed, mesh)
-        stacked = w.name.startswith(("dense.", "moe."))
-        # A scanned layer's backward pass gathers its weights again.
-        gathers = 2 if stacked and run.remat != "none" else 1
-        scattered = size
-        if shards(w.gathered, mesh) > 1:
-            whole = setup.scheme.zero == 1
-            total = size * wire_bytes(w, setup) * (1 if whole else gathers * setup.accumulation)
-            found.append(Transfer("weights", "all-gather", w.gathered, total,
-                                  1 if whole else gathers * times, True))
-            found.append(Transfer("gradients", "reduce-scatter", w.gathered,
-                                  4 * size * setup.accumulation, times, True))
-            scattered = size / shards(w.gathered, mesh)
-        if shards(w.summed, mesh) > 1:
-            found.append(Transfer("gradients", "all-reduce", w.summed,
-                                  4 * scattered * setup.accumulation, times, True))
+        size = w.size / shards(w.computed, mesh)
+        # Embedding and head are used once more by each MTP module.
+        uses = 1 + run.config.num_mtp if w.leaf in WHOLE else 1
+        sums = uses * w.layers * setup.accumulation
+        itemsizes, gathers = gathered_bytes(w, setup)
+        often = w.layers * (setup.accumulation if setup.scheme.zero == 3 else 1)
+        each = size / w.layers
+        for index, axis in enumerate(w.gathered):
+            part = each / shards(w.gathered[index + 1 :], mesh)
+            found.append(Transfer("weights", "all-gather", (axis,), part * itemsizes * often,
+                                  gathers * often, True))
+            found.append(Transfer("gradients", "reduce-scatter", (axis,), 4 * part * sums, sums,
+                                  True))
+        if w.summed:
+            kept = each / shards(w.gathered, mesh)
+            found.append(Transfer("gradients", "all-reduce", w.summed, 4 * kept * sums, sums, True))
     return found
 
 
@@ -203,8 +212,10 @@ def hop_rows(setup: Setup) -> list[tuple[str, tuple[int, int], int]]:
 def expert_transfers(setup: Setup) -> list[Transfer]:
     """Dispatch and combine, forward and backward; work that does not need them is not at hand."""
     config, size, remat = setup.run.config, itemsize(setup), setup.run.remat
-    layers = config.num_moe_layers + (config.num_mtp if config.num_moe_layers else 0)
-    times = setup.accumulation * layers
+    mtp = config.num_mtp if config.num_moe_layers else 0
+    times = setup.accumulation * (config.num_moe_layers + mtp)
+    # What is combined in an MTP module is computed again for the norm behind it.
+    again = setup.accumulation * mtp if remat != "none" else 0
     D, K = config.model_dim, config.experts_per_token
     codes = D + 4 * (D // 128) if setup.run.precision.matmul == "fp8" else D * size
     # Forward, the gradient that goes back through combine, and once more where it is not kept.
@@ -214,15 +225,13 @@ def expert_transfers(setup: Setup) -> list[Transfer]:
     lists = 3 if remat == "none" else 5
     found = []
     for name, group, rows in hop_rows(setup):
-        for part, total, count in (
-            (f"dispatch {name}", sends * rows * codes, sends),
-            (f"combine {name}", 2 * rows * D * size, 2),
-            (f"choices {name}", lists * rows * K * 4, lists),
+        for part, size_of_one, count in (
+            (f"dispatch {name}", rows * codes, sends * times),
+            (f"combine {name}", rows * D * size, 2 * times + again),
+            (f"choices {name}", rows * K * 4, lists * times),
         ):
-            found.append(
-                Transfer(part, "all-to-all", ("expert",), total * times, count * times, False,
-                         group)
-            )
+            found.append(Transfer(part, "all-to-all", ("expert",), size_of_one * count, count,
+                                  False, group))
     return found
 
 

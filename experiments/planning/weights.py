@@ -49,7 +49,7 @@ class Weight(NamedTuple):
 
     @property
     def gathered(self) -> tuple[str, ...]:
-        """Axes over which it is gathered before use, and its gradient scattered after."""
+        """Axes over which it is gathered before use, first to last, and its gradient scattered."""
         return tuple(axis for axis in self.stored if axis not in self.computed)
 
     @property
@@ -138,5 +138,6 @@ def shards(axes: tuple[str, ...], mesh: Mapping[str, int]) -> int:
 
 
 def _axes(spec: PartitionSpec) -> tuple[str, ...]:
+    """The axes dimension by dimension; within one, the last counts fastest and goes first."""
     entries = [(entry,) if isinstance(entry, str) else entry or () for entry in spec]
-    return tuple(axis for entry in entries for axis in entry)
+    return tuple(axis for entry in entries for axis in reversed(entry))

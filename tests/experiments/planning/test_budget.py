@@ -98,8 +98,10 @@ def test_a_mesh_of_replicas_only_sums_gradients():
     chosen = setup(TINY, cluster("cpux8"), mesh_of("data=8", 8))
     transfers = step_transfers(chosen)
     assert {(t.part, t.kind, t.axes) for t in transfers} == {("gradients", "all-reduce", ("data",))}
-    parameters = parameter_bytes(TINY, chosen.mesh)
-    assert sum(t.bytes for t in transfers) == parameters * chosen.accumulation
+    # Embedding and head have a second gradient, from the MTP module.
+    config, parameters = TINY.config, parameter_bytes(TINY, chosen.mesh)
+    second = 2 * 4 * config.vocab_size * config.model_dim
+    assert sum(t.bytes for t in transfers) == (parameters + second) * chosen.accumulation
 
 
 def test_everything_on_one_device_sends_nothing():
