@@ -92,6 +92,19 @@ def test_softmax_weights_can_be_normalised():
     assert route(scores, None, config) == pytest.approx({0: 0.6, 2: 0.4})
 
 
+def test_four_groups_of_eight_are_reached_by_nearly_every_token_and_no_more():
+    # V3: 256 experts on 8 nodes, 8 a token from at most 4 nodes.
+    config = dataclasses.replace(
+        SMALL, num_experts=256, num_groups=8, groups_per_token=4, experts_per_token=8
+    )
+    score_BTE = jnp.asarray(np.random.RandomState(0).rand(1, 16384, 256), jnp.float32)
+    expert_BTK, _ = jax.jit(lambda s: moe.route(s, jnp.zeros(256), config))(score_BTE)
+    nodes = np.sort(np.asarray(expert_BTK[0]) // 32, axis=1)
+    targets = 1 + (np.diff(nodes, axis=1) > 0).sum(axis=1)
+    assert targets.max() == 4
+    assert targets.mean() == pytest.approx(3.96, abs=0.02)
+
+
 def test_scores_by_hand():
     x_BTD = jnp.array([1.0, 2.0]).reshape(1, 1, 2)
     router_ED = jnp.array([[0.0, 0.0], [1.0, 0.0], [0.0, -1.0]])

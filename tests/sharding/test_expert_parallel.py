@@ -6,8 +6,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
 
-from sharding.expert_parallel import Path, combine, dispatch, dispatch_choices, plan_rows
+from sharding import make_mesh
+from sharding.expert_parallel import (
+    Path,
+    combine,
+    dispatch,
+    dispatch_choices,
+    plan_path,
+    plan_rows,
+    send,
+)
+from sharding.placement import Scheme, under_mesh
 
 T, K, E = 6, 2, 5
 
@@ -140,3 +151,124 @@ def test_bf16_rows_are_added_in_fp32():
     y_MD = jnp.array([[1.0], [2.0**-8], [2.0**-8]], jnp.bfloat16)
     assert float(combine(y_MD, local(layout))[0, 0]) == 1 + 2.0**-7
     assert combine(y_MD, local(layout)).dtype == jnp.bfloat16
+
+
+# On eight devices, every one with tokens and experts of its own.
+
+EXPERTS = 16
+
+
+def choices_by_node(nodes, kept, *, tokens=40, k=4, seed=0):
+    """K experts a token, of `kept` nodes at most; token t * 8 + d is the t-th of device d."""
+    rng, choices = np.random.RandomState(seed), []
+    for _ in range(tokens):
+        allowed = rng.permutation(nodes)[:kept]
+        experts = [e for e in range(EXPERTS) if e * nodes // EXPERTS in allowed]
+        choices.append(rng.permutation(experts)[:k])
+    return np.asarray(choices, np.int32)
+
+
+def on_experts(fn, *args, scheme):
+    """`fn` of each device's part of arrays cut along their first dimension."""
+    mesh, each = make_mesh(expert=8), P("expert")
+    mapped = jax.shard_map(fn, mesh=mesh, in_specs=(each,) * len(args), out_specs=each)
+    return jax.jit(under_mesh(mapped, mesh, scheme))(*args)
+
+
+def path_of(expert_TK):
+    return plan_path(expert_TK, EXPERTS, 1, held=EXPERTS // 8)
+
+
+@pytest.mark.parametrize("nodes", [2, 4])
+def test_a_token_crosses_once_to_each_node_that_it_needs(nodes):
+    expert_TK = choices_by_node(nodes, kept=nodes // 2 + 1)
+
+    def arrived(expert_TK):
+        path = path_of(expert_TK)
+        first = Path(path.layouts[:1], path.hops[:1])
+        return send(jnp.ones((expert_TK.shape[0], 1)), first).reshape(1, nodes, -1)
+
+    scheme = Scheme(expert_nodes=nodes)
+    rows = np.asarray(on_experts(arrived, jnp.asarray(expert_TK), scheme=scheme))
+    inside = 8 // nodes
+    crossed = sum(rows[d, n].sum() for d in range(8) for n in range(nodes) if n != d // inside)
+    padding = sum((rows[d, n] == 0).sum() for d in range(8) for n in range(nodes)
+                  if n != d // inside)
+    targets = expert_TK * nodes // EXPERTS
+    own = np.arange(40) // 5 // inside
+    wanted = sum(len(set(row) - {node}) for row, node in zip(targets, own, strict=True))
+    assert crossed == wanted
+    assert crossed + padding == 8 * (nodes - 1) * 5
+    # Without node-limited sending each expert elsewhere would have cost a row.
+    assert crossed < (targets != own[:, None]).sum()
+
+
+@pytest.mark.parametrize(
+    "nodes, skew", [(1, False), (1, True), (4, False), (4, True), (8, False)],
+    ids=["one-hop", "one-hop-skewed", "two-hops", "two-hops-skewed", "a-node-each"],
+)
+def test_every_way_through_the_network_gives_the_sums_and_gradients_of_one_device(
+    nodes, skew, relative_error, limits
+):
+    expert_TK = choices_by_node(4, kept=4)
+    if skew:
+        expert_TK = np.broadcast_to(expert_TK[:1], expert_TK.shape)
+    x_TD, w_TK = normal(0, 40, 3), normal(1, 40, 4)
+    scale_E = 1.0 + jnp.arange(EXPERTS) / EXPERTS
+
+    def experts(x_TD, w_TK, expert_TK, path, first):
+        """Each expert multiplies by a number of its own."""
+        layout = path.rows
+        starts = jnp.cumsum(layout.group_sizes_E) - layout.group_sizes_E
+        ends = starts + layout.group_sizes_E
+        number_M = jnp.arange(layout.slot_M.shape[0])[:, None]
+        own_ME = ((number_M >= starts[None]) & (number_M < ends[None])).astype(jnp.float32)
+        local_E = jax.lax.dynamic_slice(scale_E, (first,), (own_ME.shape[1],))
+        rows_MD = dispatch(x_TD, path) * (own_ME @ local_E[:, None])
+        return combine(rows_MD * dispatch_choices(w_TK, path)[:, None], path)
+
+    def loss(x_TD, w_TK, expert_TK):
+        path = path_of(expert_TK)
+        y_TD = experts(x_TD, w_TK, expert_TK, path, jax.lax.axis_index("expert") * 2)
+        return jnp.sum(jnp.sin(y_TD)), (y_TD, path.lost[None])
+
+    def on_mesh(*args):
+        gradients, (y_TD, lost) = jax.grad(loss, argnums=(0, 1), has_aux=True)(*args)
+        return y_TD, *gradients, lost
+
+    def dense(x_TD, w_TK):
+        y_TD = x_TD * jnp.sum(w_TK * scale_E[expert_TK], axis=1)[:, None]
+        return jnp.sum(jnp.sin(y_TD)), y_TD
+
+    gradients, y_TD = jax.grad(dense, argnums=(0, 1), has_aux=True)(x_TD, w_TK)
+    actual = on_experts(on_mesh, x_TD, w_TK, jnp.asarray(expert_TK),
+                        scheme=Scheme(expert_nodes=nodes))
+    for a, b in zip(actual[:3], (y_TD, *gradients), strict=True):
+        assert relative_error(a, b) < limits["fp32"].value
+    assert not np.any(actual[3])
+
+
+def test_bounded_buffers_say_how_many_choices_found_no_room():
+    # All 40 tokens choose expert 0: each device sends 5 rows to the first and has room for 2.
+    expert_TK = jnp.zeros((40, 1), jnp.int32)
+    lost = lambda room: on_experts(lambda e: path_of(e).lost[None], expert_TK,
+                                   scheme=Scheme(room=room))
+    # The first device has room for 10 of the 16 rows that arrive.
+    assert lost(2.0).tolist() == [3 + 6, *[3] * 7]
+    assert lost(4.0).tolist() == [2 + 4, *[2] * 7]
+    assert not np.any(lost(8.0))
+
+
+def test_two_hops_round_partial_sums_and_nothing_else():
+    expert_TK, x_TD = choices_by_node(4, kept=4), normal(0, 40, 3).astype(jnp.bfloat16)
+
+    def there_and_back(x_TD, expert_TK):
+        path = path_of(expert_TK)
+        return combine(dispatch(x_TD, path), path)
+
+    one, two = (
+        np.asarray(on_experts(there_and_back, x_TD, jnp.asarray(expert_TK),
+                              scheme=Scheme(expert_nodes=nodes)), np.float32)
+        for nodes in (1, 4)
+    )
+    np.testing.assert_allclose(one, two, rtol=2**-8)
