@@ -9,12 +9,15 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from deepseek_jax import configs
+from experiments.claims.network import deepep_choices
 from experiments.command_line import unknown
 from experiments.tables import print_table, write_json
 from sharding.network.cluster import Cluster, Node, attached, multi_plane, multi_rail
 from sharding.network.collectives import Timing, all_to_all, ring
 from sharding.network.damage import damage
 from sharding.network.dragonfly import dragonfly
+from sharding.network.expert_traffic import combine, dispatch, grouped
 from sharding.network.fat_tree import three_layer_fat_tree, two_layer_fat_tree
 from sharding.network.paths import bisection, diameter
 from sharding.network.prices import Prices
@@ -49,6 +52,10 @@ class NetworkArgs:
     """Size of a Slim Fly."""
     groups: int | None = None
     """Groups of a dragonfly; all that its switches can join by default."""
+    pxn: bool = True
+    """Messages of an all-to-all change GPU in the sender's node and leave by the target's NIC."""
+    tokens: int = 4096
+    """Tokens of a GPU that dispatch sends to experts, where V3's 256 divide among the GPUs."""
     mib: float = 1.0
     """MiB of the message between every two GPUs; a ring gathers as much from each."""
     routing: Policy = "adaptive"
@@ -65,6 +72,8 @@ def network(args: NetworkArgs) -> None:
     """The command `network`."""
     if args.mib <= 0:
         raise ValueError(f"--mib {args.mib} must be positive")
+    if args.tokens < 1:
+        raise ValueError(f"--tokens {args.tokens} must be at least 1")
     broken = {"switches": args.broken_switches, "cables": args.broken_cables}
     if any(broken.values()) and args.nodes is None:
         raise ValueError("broken parts need --nodes: damage is what nodes lose")
@@ -174,11 +183,21 @@ def timings(cluster: Cluster, args: NetworkArgs) -> list[dict[str, Any]]:
     """A row for each collective operation."""
     message = args.mib * MIB
     operations: dict[str, Timing] = {
-        "all-to-all": all_to_all(cluster, message, policy=args.routing),
+        "all-to-all": all_to_all(cluster, message, policy=args.routing, pxn=args.pxn),
         "all-gather or reduce-scatter": ring(
             cluster, message * cluster.num_gpus, policy=args.routing
         ),
     }
+    config = configs.deepseek_v3()
+    if config.num_experts % cluster.num_gpus == 0 and cluster.num_nodes > 1:
+        width, per_gpu = config.model_dim, config.num_experts // cluster.num_gpus
+        expert_GTK = deepep_choices(cluster.num_nodes, args.tokens, args.gpus)
+        traffic = grouped(expert_GTK // per_gpu, args.gpus)
+        # FP8 with an FP32 scale for every 128, and BF16.
+        for name, send, size in (
+            ("dispatch FP8", dispatch, width + width / 32), ("combine BF16", combine, 2 * width)
+        ):  # fmt: skip
+            operations[name] = send(cluster, traffic, size, policy=args.routing)
     return [
         {
             "operation": name,

@@ -84,15 +84,18 @@ def expert_traffic(
     return found
 
 
-def deepep_choices(num_nodes: int, tokens: int) -> np.ndarray:
+def deepep_choices(num_nodes: int, tokens: int, gpus: int = 8) -> np.ndarray:
     """Experts [G, T, K] of every GPU's tokens in DeepEP's benchmark.
 
     Uniform scores, one expert group a node, the best 4 of them kept (all, if there are fewer).
     Every GPU takes its tokens from the same draws, turned by its own number of experts, which
     leaves their statistics as they are.
+
+    Raises:
+      ValueError: nodes that V3's experts do not divide among.
     """
     config = configs.deepseek_v3()
-    E, G = config.num_experts, 8 * num_nodes
+    E, G = config.num_experts, gpus * num_nodes
     config = dataclasses.replace(
         config, num_groups=num_nodes, groups_per_token=min(num_nodes, config.groups_per_token)
     )

@@ -69,22 +69,27 @@ class Cluster:
         """The cluster with switches, cables or endpoints broken."""
         return dataclasses.replace(self, topology=self.topology.without(**broken))
 
-    def hops(self) -> int:
-        """Cables between the switches of the two NICs of a number that are farthest apart."""
+    def hops(self, straight: bool = False) -> int:
+        """Cables between the switches of the two NICs that are farthest apart.
+
+        Of NICs of one number, unless messages go straight from any to any.
+        """
         hops_SS, farthest = distances(self.topology), 0
-        for switch_M in self.topology.switch_E[self.endpoint_MI].T:
+        switch_IM = self.topology.switch_E[self.endpoint_MI.T]
+        for switch_M in [switch_IM.ravel()] if straight else switch_IM:
             switch = np.unique(switch_M[switch_M >= 0])
             hops = hops_SS[switch[:, None], switch]
             farthest = max(farthest, int(hops[hops < FAR].max(initial=0)))
         return farthest
 
-    def latency(self) -> float:
+    def latency(self, straight: bool = False) -> float:
         """Seconds of a small message between the two GPUs that are farthest apart.
 
-        It goes from NIC i to NIC i, and over NVLink to a GPU of another number.
+        From NIC i to NIC i, and over NVLink to a GPU of another number, unless it goes straight.
         """
-        network = self.node.link.of(self.hops() + 1) if self.num_nodes > 1 else 0.0
-        return float(network + NVLINK.same_leaf * (self.node.gpus > 1))
+        network = self.node.link.of(self.hops(straight) + 1) if self.num_nodes > 1 else 0.0
+        handed_on = self.node.gpus > 1 and (not straight or self.num_nodes == 1)
+        return float(network + NVLINK.same_leaf * handed_on)
 
 
 def multi_plane(num_nodes: int, *, node: Node | None = None, ports: int = 64) -> Cluster:

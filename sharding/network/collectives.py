@@ -34,19 +34,45 @@ class Timing:
 
 
 def all_to_all(
-    cluster: Cluster, message_bytes: float, *, policy: Policy = "adaptive", parts: int = 1,
-    seed: int = 0,
+    cluster: Cluster, message_bytes: float, *, policy: Policy = "adaptive", pxn: bool = True,
+    parts: int = 1, seed: int = 0,
 ) -> Timing:  # fmt: skip
-    """Every GPU sends a message to every GPU."""
+    """Every GPU sends a message to every GPU.
+
+    With PXN a message goes to the GPU of the target's number first, over NVLink, and leaves by
+    that NIC; without, it leaves by its own GPU's NIC, straight to the target's where the network
+    joins the two, else to the one of its own number, which hands it on.
+    """
     M, G = cluster.num_nodes, cluster.node.gpus
-    routes = exchange(cluster, np.full((M, M, G), G * message_bytes), policy, parts, seed)
+    if pxn:
+        routes = exchange(cluster, np.full((M, M, G), G * message_bytes), policy, parts, seed)
+        handed_on = np.ones((G, G), bool)
+    else:
+        routes, handed_on = _straight(cluster, message_bytes, policy, parts, seed)
+    np.fill_diagonal(handed_on, False)
+    # Inside a node every message to another number takes NVLink; to other nodes, those handed on.
+    copies = G - 1 + (M - 1) * int(handed_on.sum()) / G
     return Timing(
         network=finish_seconds(routes, cluster.capacity_L),
-        # Of what a GPU sends, all but its own number's share goes to GPUs of its node.
-        nvlink=M * (G - 1) * message_bytes / cluster.node.nvlink_rate,
-        latency=cluster.latency(),
+        nvlink=copies * message_bytes / cluster.node.nvlink_rate,
+        latency=cluster.latency(straight=not handed_on.any()),
         bytes_per_gpu=M * G * message_bytes,
     )
+
+
+def _straight(cluster, message_bytes, policy, parts, seed) -> tuple[Routes, np.ndarray]:
+    """Routes from NIC to NIC, and which pairs of numbers need a GPU in between; [G, G]."""
+    M, G = cluster.num_nodes, cluster.node.gpus
+    part_I = cluster.part_MI[0]
+    handed_on = part_I[:, None] != part_I[None]
+    a, b, i, j = (x.ravel() for x in np.indices((M, M, G, G)))
+    apart = a != b
+    a, b, i, j = a[apart], b[apart], i[apart], j[apart]
+    source_F = cluster.endpoint_MI[a, i]
+    target_F = cluster.endpoint_MI[b, np.where(handed_on[i, j], i, j)]
+    bytes_F = np.full(len(source_F), float(message_bytes))
+    routes = route(cluster.topology, source_F, target_F, bytes_F, policy, parts=parts, seed=seed)
+    return routes, handed_on
 
 
 def exchange(

@@ -22,10 +22,20 @@ def test_planes_with_nodes_and_a_broken_leaf(tmp_path):
     assert (found["switches"], found["links"], found["diameter"]) == (24, 512, 2)
     assert found["bisection"] == 256 and found["ports used"] == 64
     rates = {row["operation"]: row["GB/s"] for row in found["timings"]}
+    assert not {"dispatch FP8"} & set(rates)
     assert rates["all-to-all"] == pytest.approx(50 * 64 / 63, rel=0.01)
     assert found["damage"]["cut_off"] == 32
     assert found["damage"]["slowdown"] == pytest.approx(8 / 7)
     assert "512 GPUs, static routing" in out
+
+
+def test_experts_are_dispatched_to_where_they_divide(tmp_path):
+    found, _ = written(tmp_path, "multi_rail", "--nodes", 4, "--tokens", 512, "--no-pxn")
+    rates = {row["operation"]: row["GB/s"] for row in found["timings"]}
+    # The own node counts, so the rate is a NIC's times 4 / 3, less latency and uneven draws.
+    assert 50 < rates["dispatch FP8"] < 50 * 4 / 3 and 50 < rates["combine BF16"] < 50 * 4 / 3
+    found, _ = written(tmp_path, "multi_rail", "--nodes", 3)
+    assert [row["operation"] for row in found["timings"]][1:] == ["all-gather or reduce-scatter"]
 
 
 @pytest.mark.parametrize(
@@ -80,6 +90,7 @@ def test_a_network_of_ones_own(tmp_path):
         (["fat_tree_2", "--broken-switches", "1"], None, ["need --nodes"]),
         (["multi_plane", "--nodes", "2", "--broken-switches", "99"], None, ["no switch 99"]),
         (["multi_plane", "--nodes", "2", "--mib", "0"], None, ["--mib 0"]),
+        (["multi_plane", "--nodes", "2", "--tokens", "0"], None, ["--tokens 0"]),
         (["absent.json"], None, ["absent.json"]),
         ([], {"ports": 3}, ["mine needs 4 ports on switch 0", "ports=3"]),
         ([], {"cables": [[0, 2]]}, ["mine is not connected", "endpoint 2"]),

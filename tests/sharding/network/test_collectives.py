@@ -90,6 +90,31 @@ def test_rings_pass_their_share_through_every_nic():
     assert timing.latency == pytest.approx(3 * INFINIBAND.of(1) + 28 * NVLINK.same_leaf)
 
 
+def test_pxn_keeps_traffic_on_its_rail():
+    with_pxn, without = (
+        {policy: all_to_all(multi_rail(32), 1e6, policy=policy, pxn=pxn)
+         for policy in ("adaptive", "ecmp")}
+        for pxn in (True, False)
+    )  # fmt: skip
+    nic = 8 * 1e6 * 31 / 50e9
+    # Every rail of 32 nodes is one leaf, where no hash can err.
+    assert with_pxn["ecmp"].network == pytest.approx(nic) == with_pxn["adaptive"].network
+    assert with_pxn["ecmp"].latency == pytest.approx(INFINIBAND.of(1) + NVLINK.same_leaf)
+    # Straight from NIC to NIC, 7 of 8 messages cross the spines: three switches, and collisions.
+    assert without["adaptive"].network == pytest.approx(nic, rel=0.02)
+    assert without["ecmp"].network > 1.05 * nic
+    assert without["ecmp"].latency == pytest.approx(INFINIBAND.of(3))
+    assert without["ecmp"].nvlink == pytest.approx(7 * 1e6 / 160e9)
+
+
+def test_planes_cannot_do_without_forwarding():
+    timing = all_to_all(multi_plane(4), 1e6, pxn=False)
+    # A message for another number arrives in its own plane and is handed on over there.
+    assert timing.network == pytest.approx(8 * 1e6 * 3 / 50e9)
+    assert timing.nvlink == pytest.approx(7 * 1e6 * 4 / 160e9)
+    assert timing.latency == pytest.approx(INFINIBAND.of(1) + NVLINK.same_leaf)
+
+
 def test_one_node_needs_no_network():
     cluster = multi_plane(1)
     assert all_to_all(cluster, 1e6).network == 0 == ring(cluster, 1e6).network
