@@ -96,6 +96,12 @@ COMMANDS = {
         "quantisation and its fused forms beside a copy of as many bytes",
         "--out runs/bench",
     ),
+    "bench logfmt": Command(
+        "experiments.bench.logfmt",
+        "bench_logfmt",
+        "LogFMT encoded and decoded beside a copy of as many bytes, checked and timed",
+        "--out runs/bench",
+    ),
     "bench tune": Command(
         "experiments.bench.tune",
         "bench_tune",

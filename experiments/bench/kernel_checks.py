@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.bench import logfmt
 from experiments.bench.kernel_data import BF16, F32
 from experiments.bench.kernel_report import verdict
 from experiments.bench.kernel_run import use_cache
@@ -39,7 +40,8 @@ Verdict = dict[str, Any]
 def main(command: str) -> None:
     """Prints a verdict a line, as JSON."""
     use_cache()
-    for row in {"gemm": gemm, "grouped": grouped, "quantize": quantize}[command]():
+    checks = {"gemm": gemm, "grouped": grouped, "quantize": quantize, "logfmt": logfmt.checks}
+    for row in checks[command]():
         print(json.dumps(row), flush=True)
 
 
