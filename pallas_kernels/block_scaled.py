@@ -148,7 +148,7 @@ def _body(
             zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
             slot, total = lax.fori_loop(0, steps, step, (slot, zeros))
             out = lambda start, width: out_gmem.at[pl.ds(row, 64), pl.ds(column + start, width)]
-            pipeline.store(total, out, out_smem, tiles)
+            pipeline.store(pipeline.pieces_of(total, tiles), out, out_smem, tiles)
             return slot
 
         # A warpgroup without rows in this tile leaves the tensor cores to the others and writes

@@ -78,16 +78,22 @@ def specialise(memory: Callable, compute: Callable, free, tiles):
     lax.cond(warpgroup < tiles.warpgroups, run_compute, run_memory)
 
 
-def store(total, out_gmem: Callable, out_smem, tiles, *, add: bool = False):
-    """Writes a warpgroup's 64 rows piece by piece through shared memory, or adds them.
+def pieces_of(total, tiles):
+    """A warpgroup's 64 rows as they are stored, one after the other."""
+    width = tiles.store_columns
+    return (total[:, start : start + width] for start in range(0, tiles.columns, width))
+
+
+def store(pieces, out_gmem: Callable, out_smem, tiles, *, add: bool = False):
+    """Writes the pieces of a warpgroup's 64 rows through shared memory, or adds them.
 
     A piece waits only until the copy that last used its buffer has read it.
     """
     warpgroup, width = lax.axis_index("warpgroup"), tiles.store_columns
-    for piece in range(tiles.columns // width):
+    for piece, values in enumerate(pieces):
         buffer = out_smem.at[warpgroup, piece % tiles.store_buffers]
         plgpu.wait_smem_to_gmem(tiles.store_buffers - 1, wait_read_only=True)
-        buffer[...] = total[:, piece * width : (piece + 1) * width].astype(out_smem.dtype)
+        buffer[...] = values.astype(out_smem.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(
             buffer, out_gmem(piece * width, width), reduction_op="add" if add else None

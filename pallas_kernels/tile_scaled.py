@@ -88,30 +88,50 @@ def _body(y_gmem, x_gmem, y_scale_gmem, x_scale_gmem, starts_gmem, sizes_gmem, *
 
     def produce(group, steps, row, column, slot):
         own = pl.ds(warpgroup * 64, 64)
-        shape = (64, tiles.columns)
+        shape, piece_shape = (64, tiles.columns), (64, tiles.store_columns)
         layout = plgpu.Layout.WGMMA
 
+        # Column scales are loaded behind the products as far as there are registers beside a product
+        # and its sum, a column of which takes one; the others when they are needed.
+        spare = mosaic.compute_registers(tiles.warpgroups, tiles.memory_registers)
+        spare -= tiles.columns + 24
+        pieces = range(0, tiles.columns, tiles.store_columns)
+        count = min(len(pieces), 4 * spare // tiles.store_columns)
+        early, late = pieces[:count], pieces[count:]
+
         def step(i, carry):
-            slot, total = carry
+            slot, totals = carry
             plgpu.barrier_wait(full.at[slot])
             y_scale = mosaic.load(y_scale_smem.at[slot, own], layout.reduce(1))
-            x_scale = mosaic.load(x_scale_smem.at[slot], layout.reduce(0))
+            by_row = lax.broadcast_in_dim(y_scale, piece_shape, (0,))
+
+            def column_scale(start):
+                columns = pl.ds(start, tiles.store_columns)
+                scale = mosaic.load(x_scale_smem.at[slot, columns], layout.reduce(0))
+                return lax.broadcast_in_dim(scale, piece_shape, (1,))
 
             def multiply(acc):
                 plgpu.wgmma(acc, y_smem.at[slot, own], mosaic.transpose(x_smem.at[slot]))
+                scales = [column_scale(start) for start in early]
                 part = plgpu.wgmma_accumulator_load(acc, wait_n=0)
-                plgpu.barrier_arrive(free.at[slot])
-                by_column = part * lax.broadcast_in_dim(x_scale, shape, (1,))
-                return total + by_column * lax.broadcast_in_dim(y_scale, shape, (0,))
+                if not late:
+                    plgpu.barrier_arrive(free.at[slot])
+                found = []
+                for j, (start, total) in enumerate(zip(pieces, totals, strict=True)):
+                    by_column = scales[j] if j < len(scales) else column_scale(start)
+                    piece = part[:, start : start + tiles.store_columns]
+                    found.append(total + piece * by_column * by_row)
+                if late:
+                    plgpu.barrier_arrive(free.at[slot])
+                return tuple(found)
 
-            total = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
-            return next_slot(slot), total
+            return next_slot(slot), pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
 
-        zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
-        slot, total = lax.fori_loop(0, steps, step, (slot, zeros))
+        zeros = plgpu.layout_cast(jnp.zeros(piece_shape, jnp.float32), layout)
+        slot, totals = lax.fori_loop(0, steps, step, (slot, (zeros,) * len(pieces)))
         rows = pl.ds(row + warpgroup * 64, 64)
         out = lambda start, width: w_gmem.at[group, rows, pl.ds(column + start, width)]
-        pipeline.store(total, out, w_smem, tiles, add=add)
+        pipeline.store(totals, out, w_smem, tiles, add=add)
         return slot
 
     pipeline.specialise(lambda: loop(fetch), lambda: loop(produce), free, tiles)

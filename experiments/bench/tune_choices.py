@@ -98,12 +98,14 @@ def dense_choice(table, key, m, n, k, found) -> Choice:
 
 
 def gradients() -> dict[str, Tiles]:
-    three = functools.partial(tile_scaled.Tiles, 3, 96, memory_registers=24)
+    three = functools.partial(tile_scaled.Tiles, 3, memory_registers=24)
     return {
-        "3x96": three(4, 32, 3, band=16),
-        "3x96.band8": three(4, 32, 3, band=8),
-        "3x96.one": three(4, 96, 1, band=16),
-        "3x96.stages5": three(5, 32, 1, band=16),
+        "3x96": three(96, 4, 32, 3, band=16),
+        "3x96.band8": three(96, 4, 32, 3, band=8),
+        "3x128": three(128, 4, 32, 2, band=16),
+        "3x128.band8": three(128, 4, 32, 2, band=8),
+        # A whole tile in store buffers.
+        "3x128.whole": three(128, 3, 32, 4, band=16),
         "2x128": tile_scaled.Tiles(2, 128, 5, 32, 2, band=16),
     }
 

@@ -134,7 +134,7 @@ def _by_rows_body(
             columns = pl.ds(column * tiles.columns + start, width)
             return y_gmem.at[pl.ds(row * ROWS + warpgroup * 64, 64), columns]
 
-        pipeline.store(total, out, y_smem, tiles)
+        pipeline.store(pipeline.pieces_of(total, tiles), out, y_smem, tiles)
         return slot
 
     pipeline.specialise(lambda: loop(fetch), lambda: loop(produce), free, tiles)
@@ -214,7 +214,7 @@ def _by_contraction_body(
             columns = pl.ds(column * tiles.columns + start, width)
             return w_gmem.at[group, pl.ds(row * ROWS + warpgroup * 64, 64), columns]
 
-        pipeline.store(total, out, w_smem, tiles)
+        pipeline.store(pipeline.pieces_of(total, tiles), out, w_smem, tiles)
         return slot
 
     pipeline.specialise(lambda: loop(fetch), lambda: loop(produce), free, tiles)

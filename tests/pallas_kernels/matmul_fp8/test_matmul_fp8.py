@@ -147,6 +147,25 @@ def test_other_tiles_lower(tiles):
         jax.jit(call).trace(*shapes).lower(lowering_platforms=("cuda",))
 
 
+GRADIENT_TILES = [
+    hopper.GRADIENT_TILES,
+    tile_scaled.Tiles(3, 128, 4, 32, 2, memory_registers=24),
+    tile_scaled.Tiles(3, 128, 3, 32, 4, memory_registers=24),
+    tile_scaled.Tiles(2, 160, 4, 32, 1),
+]
+
+
+@pytest.mark.parametrize("tiles", GRADIENT_TILES, ids=str)
+def test_other_tiles_of_weight_gradients_lower(tiles):
+    n, k, tokens = 208, 144, 384
+    y, x = shape_of((n, tokens), F8), shape_of((k, tokens), F8)
+    y_scale, x_scale = shape_of((3, n), F32), shape_of((3, k), F32)
+    call = functools.partial(hopper.weight_gradient, tiles=tiles, cores=132)
+    for total in (None, shape_of((n, k), F32)):
+        traced = jax.jit(call).trace(y, y_scale, x, x_scale, total)
+        traced.lower(lowering_platforms=("cuda",))
+
+
 @pytest.mark.parametrize("slices, tiles", [(64, 22), (64, 24), (16, 6), (1, 1), (5, 5)])
 def test_row_tiles_share_the_rows_evenly(slices, tiles):
     starts = block_scaled.starts_of(slices, tiles, np.arange(tiles + 1))
