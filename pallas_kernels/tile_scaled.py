@@ -91,8 +91,8 @@ def _body(y_gmem, x_gmem, y_scale_gmem, x_scale_gmem, starts_gmem, sizes_gmem, *
         shape, piece_shape = (64, tiles.columns), (64, tiles.store_columns)
         layout = plgpu.Layout.WGMMA
 
-        # Column scales are loaded behind the products as far as there are registers beside a product
-        # and its sum, a column of which takes one; the others when they are needed.
+        # Column scales are loaded behind the products as far as registers are left by a product and
+        # its sum, which take one a column; the others when they are needed.
         spare = mosaic.compute_registers(tiles.warpgroups, tiles.memory_registers)
         spare -= tiles.columns + 24
         pieces = range(0, tiles.columns, tiles.store_columns)
