@@ -139,12 +139,13 @@ class Child:
             reader.start()
 
     def _read(self, stream, keep) -> None:
-        for line in stream:
-            if keep is not None:
-                keep.append(line.rstrip())
-            elif self.shown and not line.startswith("[Gloo]"):
-                sys.stdout.write(line)
-                sys.stdout.flush()
+        with stream:
+            for line in stream:
+                if keep is not None:
+                    keep.append(line.rstrip())
+                elif self.shown and not line.startswith("[Gloo]"):
+                    sys.stdout.write(line)
+                    sys.stdout.flush()
 
     @property
     def code(self) -> int | None:
@@ -252,13 +253,14 @@ def meet(place: Place, seconds: float = ARRIVAL) -> list[str]:
     own = f"{socket.gethostname()} (pid {os.getpid()})"
     deadline = time.monotonic() + seconds
     if place.index == 0:
-        return _receive(place, int(port) + 1, own, deadline)
+        return _receive(place, int(port) + 1, own, seconds)
     while True:
         try:
             with socket.create_connection((host, int(port) + 1), timeout=2) as link:
                 link.sendall(json.dumps([place.index, own]).encode() + b"\n")
                 link.settimeout(seconds)
-                answer = json.loads(link.makefile().readline() or '"the first process ended"')
+                with link.makefile() as lines:
+                    answer = json.loads(lines.readline() or '"the first process ended"')
             break
         except OSError as error:
             if time.monotonic() > deadline:
@@ -272,19 +274,19 @@ def meet(place: Place, seconds: float = ARRIVAL) -> list[str]:
     return answer
 
 
-def _receive(place: Place, port: int, own: str, deadline: float) -> list[str]:
-    names, links = {0: own}, []
-    seconds = deadline - time.monotonic()
+def _receive(place: Place, port: int, own: str, seconds: float) -> list[str]:
+    names, links, deadline = {0: own}, [], time.monotonic() + seconds
     with contextlib.closing(socket.create_server(("", port))) as server:
         while len(names) < place.count and time.monotonic() < deadline:
             server.settimeout(max(deadline - time.monotonic(), 0.01))
             with contextlib.suppress(TimeoutError):
                 link, _ = server.accept()
-                index, name = json.loads(link.makefile().readline())
+                with link.makefile() as lines:
+                    index, name = json.loads(lines.readline())
                 names[index] = name
                 links.append(link)
         missing = [place.name(n) for n in range(place.count) if n not in names]
-        answer = f"{', '.join(missing)} did not arrive within {seconds:.0f} s: start it again"
+        answer = f"{', '.join(missing)} did not arrive within {seconds:g} s: start all again"
         answer = answer if missing else [names[n] for n in range(place.count)]
         for link in links:
             with contextlib.suppress(OSError), link:
