@@ -66,6 +66,12 @@ COMMANDS = {
         "experts and copies of the busy ones on devices, by the loads of a run",
         "runs/tiny --devices 8",
     ),
+    "bench decode": Command(
+        "experiments.bench.decode",
+        "bench_decode",
+        "tokens/s of generation, beside the memory's limit or transformers",
+        "peer --batch 1 128 --precision bf16",
+    ),
     "bench train": Command(
         "experiments.bench.train",
         "bench_train",
