@@ -258,7 +258,7 @@ def meet(place: Place, seconds: float = ARRIVAL) -> list[str]:
         try:
             with socket.create_connection((host, int(port) + 1), timeout=2) as link:
                 link.sendall(json.dumps([place.index, own]).encode() + b"\n")
-                link.settimeout(seconds)
+                link.settimeout(seconds + GRACE)
                 with link.makefile() as lines:
                     answer = json.loads(lines.readline() or '"the first process ended"')
             break
