@@ -1,6 +1,7 @@
 """Running a kernel benchmark: programs compiled side by side, then each case timed in turn."""
 
 import dataclasses
+import functools
 import gc
 import importlib
 import json
@@ -93,7 +94,7 @@ def compile_part(families: str, part: str) -> None:
         try:
             program.compile()
         except Exception as error:
-            print(f"{type(error).__name__}: {str(error)[:300]}", file=sys.stderr)
+            print(brief(error), file=sys.stderr)
 
 
 def bench(args: "KernelArgs", *families: str) -> None:
@@ -150,12 +151,19 @@ def time_cases(
     """A row for each kernel of each case, and how it was timed; begins none after `until`."""
     timer = Timer(torch=peers)
     rows: list[dict[str, Any]] = []
+    failed: list[str] = []
     skipped = 0
     for case in cases:
         if time.monotonic() > until:
             skipped += 1
             continue
-        for name, microseconds in timer.compare(calls_of(case, peers)).items():
+        where = f"{case.section}, {case.shape}"
+        times = {}
+        try:
+            times = timer.compare(calls_of(case, peers, failed))
+        except Exception as error:
+            failed.append(f"{where}: {brief(error)}")
+        for name, microseconds in times.items():
             work = {"flops": case.flops, "bytes": case.bytes}
             row = {"section": case.section, "shape": case.shape, "kernel": name}
             row |= figures(work, microseconds)
@@ -170,11 +178,13 @@ def time_cases(
         notes |= {"torch": import_torch().__version__, "torch clock": timer.torch_method}
     if skipped:
         notes["cases left out"] = skipped
+    if failed:
+        notes["failed"] = "; ".join(failed)
     return rows, notes
 
 
-def calls_of(case: Case, peers: bool) -> dict[str, Call]:
-    """What to time; operands of equal specs are one array."""
+def calls_of(case: Case, peers: bool, failed: list[str]) -> dict[str, Call]:
+    """What to time; operands of equal specs are one array. What does not run once is left out."""
     made: dict[Any, np.ndarray] = {}
     placed: dict[int, jax.Array] = {}
 
@@ -204,13 +214,29 @@ def calls_of(case: Case, peers: bool) -> dict[str, Call]:
 
         return Call(step)
 
-    calls = {name: ours(program) for name, program in case.programs.items()}
-    if peers:
+    def theirs(prepare: Callable, operands: tuple[Operand, ...]) -> Call:
         torch = import_torch()
-        for name, (prepare, operands) in case.peers.items():
-            run = prepare(torch, *(for_torch(torch, host(operand)) for operand in operands))
-            calls[name] = Call(run, torch=True)
+        run = prepare(torch, *(for_torch(torch, host(operand)) for operand in operands))
+        return Call(run, torch=True)
+
+    makers = {name: functools.partial(ours, program) for name, program in case.programs.items()}
+    if peers:
+        makers |= {name: functools.partial(theirs, *peer) for name, peer in case.peers.items()}
+    calls = {}
+    for name, make in makers.items():
+        try:
+            call = make()
+            result = call.run()
+            if not call.torch:
+                jax.block_until_ready(result)
+            calls[name] = call
+        except Exception as error:
+            failed.append(f"{case.section}, {case.shape}, {name}: {brief(error)}")
     return calls
+
+
+def brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def ratios(rows: Iterable[Mapping[str, Any]], section: str, over: str) -> dict[str, float]:

@@ -90,8 +90,11 @@ def measure(timer: Timer, choice: Choice, names: Sequence[str]) -> tuple[dict, s
         return {"choice": choice.name, "found": "no variant ran"}, None
     programs = {name: choice.program(choice.variants[name]) for name in names}
     case = Case("", "", choice.flops, choice.bytes, programs)
-    calls = calls_of(case, False)
-    first, *others = ((name, output(call.run())) for name, call in calls.items())
+    failed: list[str] = []
+    calls = calls_of(case, False, failed)
+    if names[0] not in calls:
+        return {"choice": choice.name, "found": "; ".join(failed)}, None
+    first, *others = [(name, output(call.run())) for name, call in calls.items()]
     wrong = [name for name, result in others if not agree(first[1], result)]
     times = timer.compare({name: call for name, call in calls.items() if name not in wrong})
     best = min(times, key=times.get)

@@ -10,8 +10,16 @@ import numpy as np
 import pytest
 
 from experiments.__main__ import main
-from experiments.bench import gemm, grouped, kernel_checks, kernel_report, kernel_run, quantize
-from experiments.bench.kernel_data import F8, random_array, weight_specs
+from experiments.bench import (
+    gemm,
+    grouped,
+    kernel_checks,
+    kernel_report,
+    kernel_run,
+    kernel_time,
+    quantize,
+)
+from experiments.bench.kernel_data import F8, F32, random_array, weight_specs
 from experiments.bench.kernel_run import FAMILIES
 
 MODULES = {family: importlib.import_module(f"experiments.bench.{family}") for family in FAMILIES}
@@ -123,6 +131,59 @@ def test_checks_that_do_not_end_are_a_bar_missed(code, ended, monkeypatch):
     *_, last = kernel_run.finish_checks("gemm", process)
     assert last["found"] == ended and last["holds"] == bool(ended)
     process.stdin.close()
+
+
+class FakeCupti:
+    """Reports two kernels of a millisecond for each run, beside the flush's."""
+
+    def __init__(self, monkeypatch):
+        self.running = []
+        monkeypatch.setattr(kernel_time, "load_cupti", lambda: self)
+
+    def _cupti_init(self):
+        self.running.clear()
+
+    def _cupti_get_timings(self, finalize):
+        return [record for name in self.running for record in ((name, 1.0), (name, 0.5))]
+
+
+def test_times_are_those_of_the_calls_without_the_flush(monkeypatch):
+    cupti = FakeCupti(monkeypatch)
+    timer = kernel_time.Timer.__new__(kernel_time.Timer)
+    timer._flush = {False: lambda: cupti.running.append("negate")}
+    timer._torch, timer._names, timer.torch_method = None, {False: {"negate"}}, "CUPTI"
+    call = kernel_time.Call(lambda: cupti.running.append("product"))
+    assert timer.measure(call) == [1500.0] * kernel_time.CALLS
+    assert timer.compare({"a": call, "b": call}) == {"a": 1500.0, "b": 1500.0}
+    with pytest.raises(RuntimeError, match="CUPTI saw 0 kernels"):
+        timer.measure(kernel_time.Call(lambda: None))
+
+
+def test_a_case_becomes_rows_and_what_fails_is_noted(monkeypatch):
+    spec = jax.ShapeDtypeStruct
+    add = kernel_run.Program(lambda a, b: a + b, (spec((4, 8), F32),) * 2, carried=True)
+    bad = kernel_run.Program(lambda a: a @ a, (spec((4, 8), F32),))
+    case = kernel_run.Case("s", "4 x 8", 64.0, 32.0, {"ours": add, "bad": bad})
+
+    class Timer:
+        method = torch_method = "CUPTI"
+
+        def __init__(self, torch):
+            pass
+
+        def compare(self, calls):
+            first, second = (np.asarray(calls["ours"].run()) for _ in range(2))
+            assert not np.array_equal(first, second)
+            return dict.fromkeys(calls, 2.0)
+
+    monkeypatch.setattr(kernel_run, "Timer", Timer)
+    rows, notes = kernel_run.time_cases([case], peers=False, until=float("inf"))
+    (row,) = rows
+    assert row["kernel"] == "ours" and row["FLOP/byte"] == 2.0
+    assert row["TFLOP/s"] == pytest.approx(32e-6) and row["GB/s"] == pytest.approx(0.016)
+    assert notes["failed"].startswith("s, 4 x 8, bad: TypeError")
+    rows, notes = kernel_run.time_cases([case], peers=False, until=0)
+    assert rows == [] and notes["cases left out"] == 1
 
 
 @pytest.mark.parametrize("command", ["kernels", *FAMILIES])
