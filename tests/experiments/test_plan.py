@@ -1,0 +1,141 @@
+"""`plan` from the command line: tables, JSON, decoding, and what it refuses in one line."""
+
+import dataclasses
+import json
+
+import pytest
+
+from deepseek_jax.config import Precision
+from experiments.planning import targets
+from experiments.planning.choose import FILL, best_setup, candidates
+from experiments.planning.compile import compile_setup
+from experiments.planning.decode import decode_mesh, decode_rows, exchange_seconds
+from experiments.planning.setup import mesh_of, setup
+from experiments.planning.weights import optimizer_bytes, parameter_bytes
+from experiments.recipes import recipe
+from sharding.hardware import cluster
+from tests.experiments.runs import call
+
+V3 = recipe("deepseek_v3")(None)
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    path = tmp_path_factory.mktemp("plan") / "plan.json"
+    code, out, err = call("plan", "deepseek_v3", "--cluster", "h200x2048", "--mesh",
+                          "fsdp=32,expert=64", "--no-compile", "--json", path)  # fmt: skip
+    assert (code, err) == (0, "")
+    return out, json.loads(path.read_text())
+
+
+def test_the_plan_of_v3_prints_the_papers_operations(planned):
+    out, _ = planned
+    assert "249.81" in out and "280.51" in out and "MTP" in out
+
+
+def test_the_plan_says_where_it_departs_from_the_paper(planned):
+    out, _ = planned
+    assert "16,384 sequences: the recipe's 15,360 is no multiple of the 2,048" in out
+    assert "in place of the paper's pipeline of 16" in out
+
+
+def test_the_plan_in_json_holds_the_bytes_of_the_formulas(planned):
+    _, found = planned
+    mesh = mesh_of("fsdp=32,expert=64", 2048)
+    rows = {row["what"]: row["bytes"] for row in found["tables"]["memory of a device"]}
+    assert rows["parameters (FP32)"] == parameter_bytes(V3, mesh)
+    assert rows["optimizer (moments)"] == optimizer_bytes(V3, mesh)
+    assert found["mesh"] == mesh and found["accumulation"] == 8
+    assert any(line.startswith("fits: needs") for line in found["remarks"])
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--cluster h20x8", "unknown accelerator 'h20' in cluster 'h20x8': did you mean h200x8?"),
+        ("--cluster h200x8 --mesh fsdp=3", "mesh fsdp=3 makes 6 devices, the cluster has 8"),
+        ("--cluster h200x8 --mesh node=8", "unknown mesh axis 'node': the axes are data, fsdp"),
+        ("--cluster h200x3 --mesh expert=3", "expert=3 must divide num_experts=256"),
+        ("--cluster h200x256 --mesh tensor=256", "tensor=256 must divide num_heads=128"),
+        ("--cluster h200x32 --mesh tensor=32 --precision fp8", "inside a block of 128"),
+        ("--cluster h100x8", "nothing fits h100x8"),
+        ("--cluster h200x2048 --mesh fsdp=2048 --zero 2", "--zero 2 must be 1 or 3"),
+        ("--cluster h200x8 --mesh expert=8 --target tpu", "--target 'tpu' must be cpu or gpu"),
+        ("--cluster h200x8 --decode --batch 0", "--batch 0 and --context 4096 must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_both_values(words, message):
+    code, _, err = call("plan", "deepseek_v3", *words.split())
+    assert code == 2
+    assert message in err and len(err.strip().splitlines()) == 1
+
+
+def test_without_a_mesh_the_fastest_that_fits_is_taken():
+    where, run = cluster("cpux8"), recipe("tiny")(None)
+    chosen = best_setup(run, where, sequences=1)
+    alike = [c for c in candidates(run, where) if c.setup.sequences == 1 and c.fits]
+    assert chosen == min(alike, key=lambda c: c.seconds).setup
+    assert all(c.bytes <= FILL * where.accelerator.memory for c in alike)
+
+
+def test_a_compiler_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
+    assert targets.missing("cpu") is None
+    assert "deepseek-jax[plan-cuda]" in targets.missing("gpu")
+    assert "deepseek-jax[plan-tpu]" in targets.missing("tpu")
+
+
+@pytest.mark.parametrize(
+    "name, topology",
+    [("v5px2048", "v5p:8x16x16"), ("v5px256", "v5p:4x8x8"), ("v6ex256", "v6e:16x16"),
+     ("tpu7xx256", "tpu7x:4x4x8"), ("v6ex8", "v6e:2x4")],
+)  # fmt: skip
+def test_slices_have_sides_as_equal_as_they_can(name, topology):
+    assert targets.tpu_topology(cluster(name)) == topology
+
+
+def test_decoding_holds_the_latent_cache_and_a_share_of_the_experts():
+    where = cluster("h800x320")
+    run = dataclasses.replace(V3, precision=Precision.of("fp8"))
+    rows = {r["what"]: r for r in decode_rows(run, where, None, batch=32, context=5000)}
+    # 576 elements of 2 bytes for each token and layer.
+    assert rows["cache"]["GiB a device"] == pytest.approx(61 * 32 * 5000 * 576 * 2 / 2**30)
+    # 64 of 320 devices divide 256 experts; codes of one byte and a scale for 128 x 128 of them.
+    assert decode_mesh(run, where)["expert"] == 64
+    held = 58 * 4 * 3 * 7168 * 2048 * (1 + 4 / 128**2)
+    assert rows["routed experts"]["GiB a device"] == pytest.approx(held / 2**30)
+
+
+def test_a_layers_exchange_is_the_papers_speed_limit():
+    # 3 bytes x 32 tokens x 8 experts x 7168 (and scales of 4 bytes for 128) over 50 GB/s.
+    run = dataclasses.replace(V3, precision=Precision.of("fp8"))
+    where = cluster("h200x256")
+    mesh = mesh_of("expert=256", 256)
+    ideal = 32 * 8 * 7168 * (3 + 4 / 128) / 50e9 * (256 - 8) / 256
+    found = exchange_seconds(run, where, mesh, 32)
+    assert found == pytest.approx(ideal / 0.8 + 2 * 3.7e-6, rel=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["fsdp=2,expert=4", "data=2,tensor=4"])
+def test_tiny_compiles_for_eight_cpu_devices_in_a_process_of_its_own(shape):
+    run = recipe("tiny")(None)
+    chosen = setup(run, cluster("cpux8"), mesh_of(shape, 8))
+    found = compile_setup(chosen, "cpu")
+    held = parameter_bytes(run, chosen.mesh) + optimizer_bytes(run, chosen.mesh)
+    assert held < found.arguments < held + 2**14
+    assert found.refused is None and found.warnings == ()
+
+
+@pytest.mark.slow
+def test_a_step_for_an_absent_gpu_compiles():
+    reason = targets.missing("gpu")
+    if reason is not None:
+        pytest.skip(reason)
+    config = dataclasses.replace(V3.config, num_layers=4)
+    run = dataclasses.replace(V3, config=config)
+    chosen = setup(run, cluster("h200x256"), mesh_of("fsdp=4,expert=64", 256))
+    found = compile_setup(chosen, "gpu")
+    held = parameter_bytes(run, chosen.mesh) + optimizer_bytes(run, chosen.mesh)
+    assert held < found.arguments < held + 2**20
+    assert found.warnings == ()

@@ -1,0 +1,138 @@
+"""`sweep`: all setups, their order and front, and what is kept when it is stopped."""
+
+import csv
+import dataclasses
+import json
+
+import pytest
+
+from experiments import sweep as sweep_module
+from experiments.planning.choose import REACHED, candidates, prediction
+from experiments.planning.compile import Compiled
+from experiments.planning.fit import FITTED, fit, terms
+from experiments.planning.measure import spearman
+from experiments.planning.setup import setup
+from experiments.recipes import recipe
+from experiments.sweep import Row, shortlist, sweep
+from sharding.cost import Reached
+from sharding.hardware import cluster
+
+TINY = recipe("tiny")(None)
+WHERE = cluster("cpux8")
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return sweep("tiny", "cpux8")
+
+
+def test_rows_cover_every_mesh_and_cannot_be_changed(rows):
+    assert len({tuple(row.mesh.items()) for row in rows}) == 20
+    assert [row.rank for row in rows] == list(range(1, len(rows) + 1))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        rows[0].seconds = 0.0
+
+
+def test_what_fits_comes_first_and_the_fastest_of_it(rows):
+    keys = [(not row.fits, row.seconds) for row in rows]
+    assert keys == sorted(keys)
+
+
+def test_on_the_front_nothing_else_is_faster_and_smaller(rows):
+    fitting = [row for row in rows if row.fits]
+    for row in fitting:
+        better = [o for o in fitting if o.seconds < row.seconds and o.bytes < row.bytes]
+        if row.front:
+            assert not better
+    assert fitting[0].front
+    assert min(fitting, key=lambda row: row.bytes).front
+
+
+def test_the_shortlist_has_one_of_each_mesh_before_a_second():
+    found = candidates(TINY, WHERE)
+    chosen = shortlist(found, 25)
+    first = [tuple(c.setup.mesh.items()) for c in chosen[:20]]
+    assert len(set(first)) == 20 and len(chosen) == 25
+    assert len({c.setup.name for c in chosen}) == 25
+
+
+def compiled(peak):
+    return Compiled("cpu", None, None, 10, 20, peak, (), {}, (), (), (), 1.0, 2.0, 3.0, 0.5)
+
+
+def test_a_stopped_sweep_goes_on_where_it_was(tmp_path, monkeypatch):
+    done = []
+
+    def stops(chosen, target):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(chosen.name)
+        return compiled(1000 + len(done))
+
+    monkeypatch.setattr(sweep_module, "compile_setup", stops)
+    monkeypatch.setattr(sweep_module.os, "cpu_count", lambda: 2)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(TINY, WHERE, best=4, out=tmp_path)
+    before, again = list(done), []
+
+    def goes_on(chosen, target):
+        again.append(chosen.name)
+        return compiled(2000)
+
+    monkeypatch.setattr(sweep_module, "compile_setup", goes_on)
+    rows = sweep(TINY, WHERE, best=4, out=tmp_path)
+    assert len(again) == 2 and not set(again) & set(before)
+    assert sorted(r.compiled_bytes for r in rows if r.compiled_bytes) == [1001, 1002, 2000, 2000]
+
+
+def test_a_sweep_writes_a_table_twice_and_a_picture(tmp_path):
+    rows = sweep(TINY, WHERE, out=tmp_path)
+    written = json.loads((tmp_path / "table.json").read_text())
+    assert [Row(**row) for row in written] == rows
+    with open(tmp_path / "table.csv") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == len(rows)
+    assert float(lines[3]["seconds"]) == rows[3].seconds
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_constants_are_found_again_from_steps_that_follow_the_form():
+    true = Reached(products=0.5, memory=0.25, network=2.0, message=3.0, overlap=0.0)
+    setups = [setup(TINY, WHERE, mesh) for mesh in FITTED]
+    found = fit(setups, [terms(s).at(true) for s in setups])
+    for other in [c.setup for c in candidates(TINY, WHERE)][::12]:
+        assert terms(other).at(found) == pytest.approx(terms(other).at(true), rel=0.05)
+
+
+def test_measured_steps_are_ranked_against_predictions(tmp_path, monkeypatch):
+    said = []
+    true = Reached(products=0.5, memory=0.5, network=1.0, message=2.0, overlap=0.0)
+    monkeypatch.setattr(sweep_module, "measure", lambda s: [terms(s).at(true)] * 5)
+    rows = sweep(TINY, WHERE, best=20, measured=True, out=tmp_path, say=said.append)
+    assert sum(row.measured is not None for row in rows) == 20
+    assert any("over 15 others: 1.000" in line for line in said), said
+
+
+def test_with_nothing_hidden_predictions_are_the_terms_of_the_form():
+    chosen = setup(TINY, WHERE, FITTED[4])
+    reached = REACHED["cpu"]
+    assert prediction(chosen, reached).seconds == pytest.approx(terms(chosen).at(reached))
+
+
+def test_ranks_share_their_mean_where_values_are_equal():
+    assert spearman([1, 2, 3, 4], [10, 30, 20, 40]) == pytest.approx(0.8)
+    assert spearman([1, 1, 2], [5, 5, 9]) == pytest.approx(1.0)
+
+
+def test_the_best_shape_is_explained_with_its_neighbours(rows):
+    text = sweep_module.explanation(TINY, WHERE, rows[0])
+    assert text.startswith(f"The best shape is {rows[0].name}: ")
+    assert "another remat policy" in text and "another expert axis" in text
+    assert "\n" not in text
+
+
+@pytest.mark.slow
+def test_all_shapes_of_tiny_compile(tmp_path):
+    rows = sweep(TINY, WHERE, best=20, out=tmp_path)
+    done = [row for row in rows if row.compiled_bytes]
+    assert len({tuple(row.mesh.items()) for row in done}) == 20
