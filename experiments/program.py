@@ -114,9 +114,7 @@ def _walk(jaxpr, names: list[str | None], scopes: str, times: int, add) -> list[
             if kind == "scan":
                 often *= eqn.params["length"]
                 # What is carried is an argument in the first turn at most.
-                first = eqn.params["num_consts"]
-                carried = range(first, first + eqn.params["num_carry"])
-                uses = [None if i in carried else use for i, use in enumerate(uses)]
+                uses = [None if i in _carried(eqn) else use for i, use in enumerate(uses)]
             results = _walk(body, uses, inside, often, add)
             origin |= dict(zip(eqn.outvars, results, strict=True))
         else:
@@ -124,6 +122,15 @@ def _walk(jaxpr, names: list[str | None], scopes: str, times: int, add) -> list[
             if kind in SAME:
                 origin |= dict.fromkeys(eqn.outvars, uses[0])
     return [named(x) for x in jaxpr.outvars]
+
+
+def _carried(eqn) -> range:
+    """Places of the arguments that a scan carries from turn to turn."""
+    if "ft_in" in eqn.params:  # jax 0.11 and later: constants, carried, scanned
+        constants, carried, _ = (len(list(part)) for part in eqn.params["ft_in"].unpack())
+    else:
+        constants, carried = eqn.params["num_consts"], eqn.params["num_carry"]
+    return range(constants, constants + carried)
 
 
 def _walk_while(eqn, uses, inside: str, times: int, add) -> None:
