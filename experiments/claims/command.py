@@ -173,7 +173,7 @@ def explained(result: Result) -> str:
     ]
     if claim.inputs:
         lines += ["", "inputs     " + ", ".join(f"{k}={show(v)}" for k, v in claim.inputs.items())]
-    lines.append(f"computed by {_where(claim)}")
+    lines.append(f"computed by {where(claim)}")
     if claim.otherwise and result.verdict != NOT_HERE:
         ours = claim.compute(**{**claim.inputs, **claim.otherwise})
         changed = ", ".join(f"{name}={show(value)}" for name, value in claim.otherwise.items())
@@ -181,8 +181,9 @@ def explained(result: Result) -> str:
     return "\n".join(lines)
 
 
-def _where(claim: Claim) -> str:
-    function = claim.compute
+def where(claim: Claim) -> str:
+    """The function that computes a claim, and its file."""
+    function = inspect.unwrap(claim.compute)
     return f"{function.__name__} in {Path(inspect.getsourcefile(function)).name}"
 
 

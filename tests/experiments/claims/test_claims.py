@@ -22,7 +22,7 @@ from experiments.claims.claim import (
     judge,
     within,
 )
-from experiments.claims.command import explained, print_on_terminal, text
+from experiments.claims.command import explained, print_on_terminal, text, where
 from experiments.claims.table import CLAIMS, SUBJECTS
 from tests.experiments import runs
 
@@ -164,6 +164,12 @@ def test_one_claim_is_explained(results):
                  "With kv_latent_dim=448"):  # fmt: skip
         assert part in out
     assert "disagrees" in explained(results("service_cost"))
+
+
+def test_every_claim_names_the_function_that_computes_it():
+    names = {name: where(claim) for name, claim in CLAIMS.items()}
+    assert names["figure_1"] == "precision_map in precision.py"
+    assert all(place.endswith(".py") for place in names.values())
 
 
 def test_values_as_text():
