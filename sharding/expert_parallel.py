@@ -30,12 +30,14 @@ class Layout(NamedTuple):
     row_TK: jax.Array  # int32: the row of each choice, -1 for those that have none
     group_sizes_E: jax.Array  # int32: rows of each group without padding
     lost: jax.Array  # int32: choices that found no room
+    arriving_E: jax.Array | None = None  # int32: of a hop, rows that come from each device
 
 
 class Hop(NamedTuple):
     """An exchange over the expert axis, among the given groups of its devices."""
 
     groups: tuple[tuple[int, ...], ...]
+    ragged: bool = False  # whether only rows that hold something travel
 
 
 class Path(NamedTuple):
@@ -78,6 +80,7 @@ def plan_path(
     even = expert_TK.size  # choices of a device, and, with an even load, rows of a device
     layouts: list[Layout] = []
     hops = axis_hops(num_experts // held, current_scheme().expert_nodes) if exchanged else ()
+    hops = tuple(hop._replace(ragged=current_scheme().ragged) for hop in hops)
     if num_experts > held and not exchanged:
         ids_TK = _within(ids_TK, jax.lax.axis_index(AXIS), held)
     scope = num_experts
@@ -88,6 +91,8 @@ def plan_path(
         bound = tokens if room is None else min(tokens, math.ceil(room * even / size))
         layout = plan_blocks(_first_of_each(jnp.where(ids_TK < 0, -1, ids_TK // scope)),
                              size, bound)
+        if hop.ragged:
+            layout = layout._replace(arriving_E=_all_to_all(layout.group_sizes_E, hop))
         layouts.append(layout)
         # Absent rows become 0, so experts are counted from 1 on the way.
         ids_TK = _forward(ids_TK + 1, (layout,), (hop,)) - 1
@@ -215,7 +220,8 @@ def _forward(tree, layouts, hops):
     for index, layout in enumerate(layouts):
         tree = jax.tree.map(functools.partial(_gather_rows, layout=layout), tree)
         if index < len(hops):
-            tree = jax.tree.map(functools.partial(_exchange, hop=hops[index]), tree)
+            sizes = layout.group_sizes_E, layout.arriving_E
+            tree = jax.tree.map(lambda x, hop=hops[index]: _exchange(x, hop, *sizes), tree)
     return tree
 
 
@@ -223,12 +229,27 @@ def _backward(y_MD, layouts, hops):
     """Exchanges rows back and sums them, layout by layout."""
     for index in reversed(range(len(layouts))):
         if index < len(hops):
-            y_MD = _exchange(y_MD, hops[index])
+            layout = layouts[index]
+            y_MD = _exchange(y_MD, hops[index], layout.arriving_E, layout.group_sizes_E)
         y_MD = _gather_sum(y_MD, layouts[index].row_TK)
     return y_MD
 
 
-def _exchange(x, hop: Hop):
+def _exchange(x, hop: Hop, sent_G, arriving_G):
+    """Blocks of rows, one for each device of the group, go there; those of the others come."""
+    if not hop.ragged:
+        return _all_to_all(x, hop)
+    block = x.shape[0] // len(hop.groups[0])
+    starts_G = jnp.arange(len(hop.groups[0]), dtype=jnp.int32) * block
+    empty = jnp.where(jnp.zeros(x.shape, bool), x, jnp.zeros((), x.dtype))
+    own_G = jnp.full_like(starts_G, block) * _place_in(hop)
+    return jax.lax.ragged_all_to_all(
+        x, empty, starts_G, sent_G, own_G, arriving_G, axis_name=AXIS,
+        axis_index_groups=hop.groups,
+    )
+
+
+def _all_to_all(x, hop: Hop):
     return jax.lax.all_to_all(x, AXIS, 0, 0, axis_index_groups=hop.groups, tiled=True)
 
 

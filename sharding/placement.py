@@ -40,6 +40,8 @@ class Scheme:
     expert_nodes: int = 1
     # Rows in the buffers of dispatch, in multiples of those of an even load. None: any load fits.
     room: float | None = None
+    # Only rows that hold tokens travel between devices, not whole buffers; no CPU can do it.
+    ragged: bool = False
 
 
 _scheme: contextvars.ContextVar[Scheme | None] = contextvars.ContextVar("scheme", default=None)

@@ -166,7 +166,9 @@ def test_the_manifest_gives_each_pod_what_its_process_needs():
 # Whole runs, in processes of their own.
 
 SETTINGS = ("micro_batch=8", "batch_size=8", "config.experts_per_token=4")
-IMPOSED = (*SETTINGS, "config.experts_per_token=8")
+# Every token chooses all experts.
+IMPOSED = (*SETTINGS[:2], "config.experts_per_token=8", "config.num_groups=1",
+           "config.groups_per_token=1")
 
 
 def environment(devices):

@@ -272,3 +272,56 @@ def test_two_hops_round_partial_sums_and_nothing_else():
         for nodes in (1, 4)
     )
     np.testing.assert_allclose(one, two, rtol=2**-8)
+
+
+RAGGED = Scheme(expert_nodes=4, room=4.0, ragged=True)
+
+
+def there_and_back(x_TD, expert_TK):
+    """Sums of each token's rows, and a gradient through both ways."""
+    path = path_of(expert_TK)
+    back = lambda x_TD: combine(dispatch(x_TD, path), path)
+    return back(x_TD), jax.grad(lambda x_TD: jnp.sum(jnp.sin(back(x_TD))))(x_TD)
+
+
+def ragged_by_gathers(x, empty, starts, sent, places, arriving, *, axis_name, axis_index_groups):
+    """What jax.lax.ragged_all_to_all does, from everything on every device."""
+    me = jax.lax.axis_index(axis_name)
+    gather = lambda y: jax.lax.all_gather(y, axis_name)
+    every = tuple(map(gather, (x, starts, sent, places)))
+    number, out = jnp.arange(x.shape[0])[:, None], empty
+    for group in axis_index_groups:
+        for to, rank in enumerate(group):
+            for source in group:
+                rows, begin, size, place = (y[source] for y in every)
+                shifted = jnp.roll(rows, place[to] - begin[to], axis=0)
+                here = (number >= place[to]) & (number < place[to] + size[to]) & (me == rank)
+                out = jnp.where(here, shifted, out)
+    counts = jnp.stack([every[2][source, to] for group in axis_index_groups
+                        for to, rank in enumerate(group) for source in group])
+    ranks = [rank for group in axis_index_groups for rank in group]
+    own = jnp.asarray([ranks.index(r) for r in range(len(ranks))])[me]
+    expected = counts.reshape(len(ranks), -1)[own]
+    # What does not arrive as announced is wrong for all to see.
+    return jnp.where(jnp.all(expected == arriving), out, jnp.full_like(out, 99))
+
+
+def test_only_rows_that_hold_tokens_need_to_travel(monkeypatch):
+    args = normal(0, 40, 3), jnp.asarray(choices_by_node(4, kept=4))
+    padded = on_experts(there_and_back, *args, scheme=Scheme(expert_nodes=4, room=4.0))
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_by_gathers)
+    for a, b in zip(on_experts(there_and_back, *args, scheme=RAGGED), padded, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_accelerators_send_only_such_rows(platform):
+    # No CPU can.
+    mesh, each = make_mesh(expert=8), P("expert")
+    mapped = jax.shard_map(there_and_back, mesh=mesh, in_specs=(each, each), out_specs=each)
+    args = normal(0, 40, 3), jnp.asarray(choices_by_node(4, kept=4))
+    lowered = jax.jit(under_mesh(mapped, mesh, RAGGED)).trace(*args).lower(
+        lowering_platforms=(platform,)
+    )
+    # On each of two hops: the experts' numbers, tokens out and back, and a gradient of both.
+    assert lowered.as_text().count("ragged_all_to_all(") == 2 * (1 + 2 + 4)
