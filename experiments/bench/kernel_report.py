@@ -28,11 +28,8 @@ def verdict(bar: str, found: float, limit: float, *, most: bool = False) -> dict
 
 def figures(work: Mapping[str, float], microseconds: float) -> dict[str, float]:
     """TFLOP/s and GB/s of work (flops, bytes) that took so long."""
-    return {
-        "us": microseconds,
-        "TFLOP/s": work["flops"] / microseconds / 1e6,
-        "GB/s": work["bytes"] / microseconds / 1e3,
-    }
+    found = {"us": microseconds, "GB/s": work["bytes"] / microseconds / 1e3}
+    return found | ({"TFLOP/s": work["flops"] / microseconds / 1e6} if work["flops"] else {})
 
 
 def provenance() -> dict[str, Any]:

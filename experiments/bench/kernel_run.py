@@ -21,6 +21,7 @@ import numpy as np
 from experiments.bench.kernel_data import for_jax, for_torch, random_array
 from experiments.bench.kernel_report import figures, report, verdict
 from experiments.bench.kernel_time import Call, Timer, import_torch, require_gpu
+from experiments.tables import print_table
 
 # An operand is random data of a spec, or the array itself.
 Operand = jax.ShapeDtypeStruct | np.ndarray
@@ -110,6 +111,11 @@ def bench(args: "KernelArgs", *families: str) -> None:
     compile_all(families, args.jobs)
     verdicts = {family: finish_checks(family, check) for family, check in checks.items()}
     for family, module in modules.items():
+        if verdicts.get(family) and not verdicts[family][-1]["holds"]:
+            print_table(
+                verdicts[family], title=f"bench {family}: not timed, its checks did not end"
+            )
+            continue
         began = time.monotonic()
         rows, notes = time_cases(
             module.cases(), peers=peers and module.PEERS, until=began + args.limit
