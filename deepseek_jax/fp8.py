@@ -213,15 +213,28 @@ def per_token(tiles: Tiles, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Arra
     return codes.reshape(*shape, -1), scale[:, : codes.shape[0]].T.reshape(*shape, -1)
 
 
-def kept_as(name: str, codes: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Codes and scales that remat keeps under a name.
+def as_bytes(tree: Any) -> Any:
+    """A tree with codes as int8: how a gradient rule keeps them.
 
-    As bytes: what remat keeps of a float goes through reduce_precision, to which E4M3 has an
-    infinity above 240, and codes up to 448 would become NaN (seen).
+    What remat keeps of a float goes through reduce_precision, to which E4M3 has an infinity above
+    240, and codes up to 448 would become NaN (seen).
     """
-    as_bytes = jax.lax.bitcast_convert_type(codes, jnp.uint8)
-    as_bytes, scale = checkpoint_name((as_bytes, scale), name)
-    return jax.lax.bitcast_convert_type(as_bytes, codes.dtype), scale
+    return _bitcast(tree, jnp.float8_e4m3fn, jnp.int8)
+
+
+def from_bytes(tree: Any) -> Any:
+    return _bitcast(tree, jnp.int8, jnp.float8_e4m3fn)
+
+
+def _bitcast(tree, old, new):
+    return jax.tree.map(
+        lambda x: jax.lax.bitcast_convert_type(x, new) if x.dtype == old else x, tree
+    )
+
+
+def kept_as(name: str, codes: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Codes and scales that remat keeps under a name."""
+    return from_bytes(checkpoint_name(as_bytes((codes, scale)), name))
 
 
 def by_rows(x: Quantized | E5M6) -> Tiles:

@@ -95,11 +95,13 @@ def _product_fp8(accumulate, x_MK, target, kept, blocks, group_sizes_G):
 
 def _product_fp8_fwd(accumulate, x_MK, target, kept, blocks, group_sizes_G):
     y_MN = multiply(fp8.by_rows(kept), blocks, group_sizes_G)
-    return y_MN, (saved_target(target, accumulate), kept, blocks, group_sizes_G)
+    saved = fp8.as_bytes((kept, blocks))
+    return y_MN, (saved_target(target, accumulate), saved, group_sizes_G)
 
 
 def _product_fp8_bwd(accumulate, saved, dy_MN):
-    target, kept, blocks, group_sizes_G = saved
+    target, codes, group_sizes_G = saved
+    kept, blocks = fp8.from_bytes(codes)
     counts_m = real_rows(group_sizes_G, dy_MN.shape[0])
     dy, dy_columns = quantize_tiles(dy_MN, by="both", counts_m=counts_m)
     x_columns = fp8.by_columns(kept, blocks.transposed.shape[-2], counts_m)

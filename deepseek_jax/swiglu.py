@@ -67,11 +67,13 @@ def _fwd(accumulate, gate_MF, up_MF, weight_M, target, blocks, group_sizes_G):
     counts_m = real_rows(group_sizes_G, gate_MF.shape[0])
     tiles = (quantize_tiles(x_MF, counts_m=counts_m) for x_MF in (gate_MF, up_MF))
     kept = tuple(fp8.kept_as("ffn_hidden", *fp8.per_token(x, gate_MF.shape[:1])) for x in tiles)
-    return y_MD, (kept, weight_M, saved_target(target, accumulate), blocks, group_sizes_G)
+    saved = fp8.as_bytes((kept, blocks))
+    return y_MD, (saved_target(target, accumulate), saved, weight_M, group_sizes_G)
 
 
 def _bwd(accumulate, saved, dy_MD):
-    kept, weight_M, target, blocks, group_sizes_G = saved
+    target, codes, weight_M, group_sizes_G = saved
+    kept, blocks = fp8.from_bytes(codes)
     width = blocks.transposed.shape[-2]
     gate_MF, up_MF = (fp8.decode_tiles(codes, scale, width) for codes, scale in kept)
     counts_m = real_rows(group_sizes_G, dy_MD.shape[0])

@@ -173,7 +173,7 @@ def test_what_is_kept_for_backward_is_fp8_and_e5m6(program):
         assert floats == {(count, B, T, width) for width in latents}
         # E5M6 of N U = 96 in 12 bits an element of a tile of 128.
         assert {((count, B, T, 128), BYTE), ((count, B, T, 64), BYTE)} <= kept
-        codes = {shape for shape, dtype in kept if dtype == BYTE and len(shape) == 3}
+        codes = {shape for shape, dtype in kept if dtype == jnp.int8}
         assert {shape[-1] for shape in codes} == {384}
         scales = {shape for shape, dtype in kept if dtype == F32}
         heads = (count, B, CONFIG.num_heads, T)
