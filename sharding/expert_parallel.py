@@ -220,8 +220,7 @@ def _forward(tree, layouts, hops):
     for index, layout in enumerate(layouts):
         tree = jax.tree.map(functools.partial(_gather_rows, layout=layout), tree)
         if index < len(hops):
-            sizes = layout.group_sizes_E, layout.arriving_E
-            tree = jax.tree.map(lambda x, hop=hops[index]: _exchange(x, hop, *sizes), tree)
+            tree = jax.tree.map(_exchanger(hops[index], layout), tree)
     return tree
 
 
@@ -229,16 +228,22 @@ def _backward(y_MD, layouts, hops):
     """Exchanges rows back and sums them, layout by layout."""
     for index in reversed(range(len(layouts))):
         if index < len(hops):
-            layout = layouts[index]
-            y_MD = _exchange(y_MD, hops[index], layout.arriving_E, layout.group_sizes_E)
+            y_MD = _exchanger(hops[index], layouts[index], back=True)(y_MD)
         y_MD = _gather_sum(y_MD, layouts[index].row_TK)
     return y_MD
 
 
-def _exchange(x, hop: Hop, sent_G, arriving_G):
-    """Blocks of rows, one for each device of the group, go there; those of the others come."""
+def _exchanger(hop: Hop, layout: Layout, *, back: bool = False) -> Callable:
+    """The exchange of arrays laid out for a hop, there or back."""
     if not hop.ragged:
-        return _all_to_all(x, hop)
+        return functools.partial(_all_to_all, hop=hop)
+    sizes = layout.group_sizes_E, layout.arriving_E
+    sent_G, arriving_G = reversed(sizes) if back else sizes
+    return lambda x: _ragged_all_to_all(x, hop, sent_G, arriving_G)
+
+
+def _ragged_all_to_all(x, hop: Hop, sent_G, arriving_G):
+    """Of a block of rows for each device of the group, those that hold something go there."""
     block = x.shape[0] // len(hop.groups[0])
     starts_G = jnp.arange(len(hop.groups[0]), dtype=jnp.int32) * block
     empty = jnp.where(jnp.zeros(x.shape, bool), x, jnp.zeros((), x.dtype))
