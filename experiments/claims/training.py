@@ -92,6 +92,10 @@ def balance_effect(*, first: str, second: str) -> dict[str, float]:
     return {"busiest expert": ratio("busiest/mean"), "validation loss": ratio("validation loss")}
 
 
+def no_value() -> None:
+    """Of what cannot be computed here."""
+
+
 STEPS = dict(sequences=15360, length=4096)
 RECORDED = "Recorded on one H200 in experiments/results, with its commit and date. "
 
@@ -103,7 +107,7 @@ CLAIMS = (
         printed={"MPFT": 272.80, "MRFT": 272.52},
         compute=tokens_per_day,
         inputs=STEPS,
-        tolerance=apart(0.012),
+        tolerance=apart(0.01),
         how="15360 sequences of 4096 tokens over the printed 19.926 and 19.946 s of a step. The "
         "second gives 272.53, a hundredth more than printed: its time is rounded.",
         otherwise=dict(sequences=15359),
@@ -191,7 +195,7 @@ CLAIMS = (
         section="V3 report, 4.5.3",
         says="validation losses of 1 B and 3 B models: auxiliary loss, bias, batch-wise loss",
         printed={"1B": [2.258, 2.253, 2.253], "3B": [2.085, 2.080, 2.080]},
-        compute=lambda: None,
+        compute=no_value,
         tolerance=NONE,
         verdict=NOT_HERE,
         how="Takes models of 1 B and more parameters trained on the same unpublished tokens.",

@@ -1,6 +1,7 @@
 """Collective operations on clusters: closed forms, planes against rails, and broken parts."""
 
-import resource
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -71,14 +72,25 @@ def test_an_all_to_all_over_2048_gpus_takes_seconds_to_simulate():
     assert full_L[routes.link_PR].any(0).all()
 
 
+LARGE = """
+import resource, time
+from sharding.network.cluster import multi_plane
+from sharding.network.collectives import all_to_all
+
+begin = time.perf_counter()
+seconds = all_to_all(multi_plane(2048), 2**20, policy="adaptive").network
+print(seconds, time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
 @pytest.mark.slow
-def test_an_all_to_all_over_16384_gpus_fits_ten_minutes_and_8_gb():
-    cluster = multi_plane(2048)
-    begin = time.perf_counter()
-    timing = all_to_all(cluster, 2**20, policy="adaptive")
-    assert time.perf_counter() - begin < 600
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 8e6
-    assert timing.network == pytest.approx(8 * 2**20 * 2047 / 50e9)
+def test_an_all_to_all_over_16384_gpus_fits_ten_minutes_and_8_gb(root):
+    # A process of its own, whose memory is that of this simulation.
+    done = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr
+    network, wall, kilobytes = map(float, done.stdout.split())
+    assert network == pytest.approx(8 * 2**20 * 2047 / 50e9)
+    assert wall < 600 and kilobytes < 8e6
 
 
 def test_rings_pass_their_share_through_every_nic():
