@@ -5,6 +5,7 @@ import pytest
 from jax.sharding import AxisType
 
 from sharding import AXES, make_mesh
+from sharding.mesh import expert_nodes
 
 
 def test_every_axis_is_there_and_data_takes_what_is_left():
@@ -52,3 +53,17 @@ def test_an_axis_below_1_is_refused():
 def test_sizes_that_do_not_make_up_the_devices_are_refused(sizes, message):
     with pytest.raises(ValueError, match=message):
         make_mesh(**sizes)
+
+
+@pytest.mark.parametrize(
+    "expert, tensor, per_node, nodes",
+    [(8, 1, 8, 1), (8, 1, 4, 2), (8, 2, 8, 2), (4, 2, 8, 1), (64, 1, 8, 8), (2, 1, 8, 1)],
+)
+def test_the_nodes_that_the_expert_axis_spans(expert, tensor, per_node, nodes):
+    sizes = {"data": 1, "fsdp": 4, "expert": expert, "tensor": tensor}
+    assert expert_nodes(sizes, per_node) == nodes
+
+
+def test_nodes_that_cut_what_belongs_together_are_refused():
+    with pytest.raises(ValueError, match="nodes of 6 devices cut the mesh's expert=4 x tensor=1"):
+        expert_nodes({"data": 1, "fsdp": 2, "expert": 4, "tensor": 1}, 6)
