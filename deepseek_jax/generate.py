@@ -5,12 +5,13 @@ three programs, whatever the lengths of prompts and texts.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Int
 
 from deepseek_jax.config import ModelConfig
@@ -20,6 +21,7 @@ from deepseek_jax.latent_cache import empty_cache
 from deepseek_jax.model import Model
 from deepseek_jax.sampling import Sampling
 from sharding.placement import current_mesh, under_mesh
+from sharding.rules import ACTIVATIONS, letters_of, spec
 
 SMALLEST_CAPACITY = 256
 ALL_STEPS = 2**30
@@ -49,18 +51,19 @@ class Report:
 # The programs.
 
 
-@functools.partial(jax.jit, static_argnames=("config", "format", "draft", "dtype", "mesh"))
-def _begin(tokens_BS, length_B, limit_B, key, *, config, format, draft, dtype, mesh) -> Decoding:
-    def make(tokens_BS, length_B, limit_B, key):
-        B, S = tokens_BS.shape
+@functools.lru_cache
+def _begin(shape, config, format, draft, dtype, mesh) -> Callable[..., Decoding]:
+    """The program that makes the state of texts [B, S]: every array where the mesh wants it."""
+
+    def make(tokens_BS, length_B, limit_B, key) -> Decoding:
         zero = lambda: jnp.zeros((), jnp.int32)
         return Decoding(
             tokens_BS=tokens_BS,
             length_B=length_B,
             limit_B=limit_B,
-            done_B=jnp.zeros((B,), bool),
-            cache=empty_cache(config, B, S, format),
-            ahead=first_ahead(config, length_B, S, format, dtype) if draft else None,
+            done_B=jnp.zeros(shape[:1], bool),
+            cache=empty_cache(config, *shape, format),
+            ahead=first_ahead(config, length_B, shape[1], format, dtype) if draft else None,
             key=key,
             steps=zero(),
             row_steps=zero(),
@@ -68,7 +71,18 @@ def _begin(tokens_BS, length_B, limit_B, key, *, config, format, draft, dtype, m
             lost=zero(),
         )
 
-    return under_mesh(make, mesh)(tokens_BS, length_B, limit_B, key)
+    if mesh is None:
+        return jax.jit(make)
+    rows = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
+    state = jax.eval_shape(
+        make, jax.ShapeDtypeStruct(shape, jnp.int32), rows, rows, jax.random.key(0)
+    )
+
+    def where(path, leaf):
+        split = spec(letters_of(path[-1].name), leaf.shape, ACTIVATIONS, mesh.shape)
+        return NamedSharding(mesh, split)
+
+    return jax.jit(make, out_shardings=jax.tree_util.tree_map_with_path(where, state))
 
 
 @functools.partial(jax.jit, static_argnames="mesh", donate_argnames="state")
@@ -179,8 +193,9 @@ class _Text:
             raise ValueError("draft=True needs a model with MTP modules: this one has num_mtp=0")
         self._sampling = Sampling.of(temperature, top_k, top_p, min_p)
         self._model = model
+        mesh = mesh_of(model)
         # Inside a scope the mesh and its use are given.
-        self._mesh = None if current_mesh() is not None else mesh_of(model)
+        self._mesh = None if current_mesh() is not None else mesh
         # No token is -1: so few programs serve any number of stop tokens.
         self._stop = np.full((-(-max(len(stop), 1) // 8) * 8,), -1, np.int32)
         self._stop[: len(stop)] = stop
@@ -191,10 +206,10 @@ class _Text:
         tokens_BS = np.zeros((prompt_BT.shape[0], capacity), np.int32)
         tokens_BS[:, : prompt_BT.shape[1]] = prompt_BT
         format = model.precision.activations if cache_format is None else cache_format
-        self._state = _begin(
+        begin = _begin(tokens_BS.shape, config, format, draft, model.dtype, mesh)
+        self._state = begin(
             tokens_BS, self.lengths_B, self.lengths_B + np.int32(max_new_tokens),
-            jax.random.key(0) if key is None else key, config=config, format=format, draft=draft,
-            dtype=model.dtype, mesh=self._mesh,
+            jax.random.key(0) if key is None else key,
         )  # fmt: skip
         self._cache_bytes = self._state.cache.num_bytes
         if draft:

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from deepseek_jax.config import ModelConfig
-from sharding import shard
 
 TILE = 128
 E4M3 = jnp.float8_e4m3fn
@@ -75,14 +74,14 @@ def empty_cache(
         raise ValueError(f"unknown cache format {format!r}: use {', '.join(FORMATS)}")
     C, R, Y = config.kv_latent_dim, config.rotary_head_dim, config.cache_dim
     lead = (config.num_layers if layers is None else layers, batch, length)
-    zeros = lambda size, dtype, letters: shard(jnp.zeros((*lead, size), dtype), letters)
+    zeros = lambda size, dtype: jnp.zeros((*lead, size), dtype)
     if format != "fp8":
         dtype = jnp.float32 if format == "fp32" else jnp.bfloat16
-        return LatentCache(latent_LBSY=zeros(Y, dtype, "BSY"))
+        return LatentCache(latent_LBSY=zeros(Y, dtype))
     return LatentCache(
-        codes_LBSC=zeros(C, E4M3, "BSY"),
-        scale_LBSc=zeros(-(-C // TILE), jnp.float32, "BSY"),
-        rotary_LBSR=zeros(R, jnp.bfloat16, "BSY"),
+        codes_LBSC=zeros(C, E4M3),
+        scale_LBSc=zeros(-(-C // TILE), jnp.float32),
+        rotary_LBSR=zeros(R, jnp.bfloat16),
     )
 
 
