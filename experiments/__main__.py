@@ -78,6 +78,12 @@ COMMANDS = {
         "tokens/s, TFLOP/s and memory of a recipe's train step",
         "peer --precision bf16",
     ),
+    "bench fp8_loss": Command(
+        "experiments.bench.fp8_loss",
+        "bench_fp8_loss",
+        "one model trained in BF16 and in FP8 from the same seeds and data: the gap of the loss",
+        "--data shards --only fp8-0",
+    ),
     "bench kernels": Command(
         "experiments.bench.kernel_run",
         "bench_kernels",
