@@ -131,6 +131,9 @@ class ModelConfig:
         return self.num_shared_experts * self.expert_ffn_dim
 
 
+COMBINE = ("bf16", "logfmt8", "logfmt10")
+
+
 @dataclass(frozen=True)
 class Precision:
     """What weights are stored in, what flows between ops, what products multiply.
@@ -142,8 +145,12 @@ class Precision:
     activations: Literal["fp32", "bf16"] = "fp32"
     matmul: Format = "fp32"
     moments: Literal["fp32", "bf16"] = "fp32"
+    # In which experts' results go back to other devices; bf16: as activations are.
+    combine: Literal["bf16", "logfmt8", "logfmt10"] = "bf16"
 
     def __post_init__(self):
+        if self.combine not in COMBINE:
+            raise ValueError(f"combine={self.combine!r} must be one of {', '.join(COMBINE)}")
         if self.matmul == "fp32" and self.activations != "fp32":
             raise ValueError(f"{self.matmul=} needs activations='fp32', not {self.activations!r}")
         if self.matmul != "fp32" and self.activations == "fp32":

@@ -12,8 +12,9 @@ from deepseek_jax.fp8 import Quantized, QuantizedWeight
 from deepseek_jax.linear import product_fp8
 from deepseek_jax.swiglu import swiglu, swiglu_product_fp8
 from pallas_kernels.grouped_matmul.api import grouped_matmul
+from pallas_kernels.logfmt import decode_logfmt, encode_logfmt
 from pallas_kernels.quantize_fp8 import quantize_tiles
-from sharding.expert_parallel import Path, Wire, combine, dispatch, send
+from sharding.expert_parallel import Path, Results, Wire, as_they_are, combine, dispatch, send
 
 Weight = jax.Array | QuantizedWeight
 
@@ -69,6 +70,20 @@ def _send_codes_bwd(hops, layouts, gradients):
 
 
 _send_codes.defvjp(_send_codes_fwd, _send_codes_bwd)
+
+
+@functools.cache
+def results_format(combine: str) -> Results:
+    """How results go back: as they are, or in LogFMT of so many bits, rounded at every hop."""
+    if combine == "bf16":
+        return as_they_are
+    bits = int(combine.removeprefix("logfmt"))
+
+    def in_logfmt(y_MD, exchange):
+        sent = jax.tree.map(exchange, encode_logfmt(y_MD, bits))
+        return decode_logfmt(sent, bits, y_MD.shape[-1], dtype=y_MD.dtype)
+
+    return in_logfmt
 
 
 def to_tokens(y_MD: Float[Array, "M D"], path: Path, quantized: bool) -> Float[Array, "T D"]:

@@ -48,6 +48,9 @@ class Model(nnx.Module):
         self.final_norm_D = ones(config.model_dim)
         self.head_VD = normal(rngs, (config.vocab_size, config.model_dim), config)
         self.mtp = mtp_modules.modules(config, rngs=rngs)
+        for block in (self.moe, self.mtp and self.mtp.block):
+            if block is not None and config.num_moe_layers:
+                block.ffn.combine = self.precision.combine
         if self.precision.weights != "fp32":
             cast_weights(self, DTYPES[self.precision.weights])
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from deepseek_jax import fp8
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.experts import expert_ffn, to_rows, to_tokens
+from deepseek_jax.experts import expert_ffn, results_format, to_rows, to_tokens
 from deepseek_jax.layers import FeedForward, RoutingBias, normal
 from deepseek_jax.linear import Activation
 from pallas_kernels.mosaic import target
@@ -35,6 +35,7 @@ class MoE(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
+        self.combine = "bf16"  # a key of Precision.combine; the model says which
         D, E, F = config.model_dim, config.num_experts, config.expert_ffn_dim
         self.router_ED = normal(rngs, (E, D), config)
         if config.score == "sigmoid":
@@ -58,6 +59,7 @@ class MoE(nnx.Module):
             run_experts,
             num_experts=config.num_experts,
             exchanged=is_split(expert_BTK, "BTK", "expert"),
+            combine=self.combine,
         )
         y_BTD, lost = fp8.on_shards(
             experts, "BTD,BTK,BTK,EFD,EFD,EDF->BTD,", x_BTD, expert_BTK, weight_BTK, *weights
@@ -170,6 +172,7 @@ def run_experts(
     *,
     num_experts: int,
     exchanged: bool = True,
+    combine: str = "bf16",
 ) -> tuple[Float[Array, "B T D"], Int[Array, ""]]:
     """sum_k weight_k FFN_k(x) of each token of a device; the weights are of its own experts.
 
@@ -177,13 +180,19 @@ def run_experts(
 
     Args:
       exchanged: whether devices with other experts have other tokens.
+      combine: the format in which results go back to the devices of their tokens.
     """
     B, T, D = x_BTD.shape
     K, held = expert_BTK.shape[-1], w_gate_EFD.shape[0]
     quantized = fp8.is_quantized(w_down_EDF)
     alignment = fp8.TILE if quantized else row_alignment(B * T * K, num_experts)
     path = plan_path(
-        expert_BTK.reshape(B * T, K), num_experts, alignment, held=held, exchanged=exchanged
+        expert_BTK.reshape(B * T, K),
+        num_experts,
+        alignment,
+        held=held,
+        exchanged=exchanged,
+        results=results_format(combine),
     )
     x_TD = jax.tree.map(lambda leaf: leaf.reshape(B * T, leaf.shape[-1]), x_BTD)
     x_MD = to_rows(x_TD, path)

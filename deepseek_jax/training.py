@@ -163,6 +163,11 @@ def make_train_step(
 
     Its batch is {"tokens": int32 [accumulation, B, T + 1], "segments": the same, optional}.
     """
+    if run.precision.combine != "bf16" and (mesh is None or mesh.shape["expert"] == 1):
+        raise ValueError(
+            f"combine={run.precision.combine!r} is a format for results that go to other devices: "
+            "it needs an expert axis above 1"
+        )
     step = under_mesh(lambda state, batch: train_step(run, state, batch), mesh, scheme)
     if mesh is None:
         return jax.jit(step, donate_argnums=0)

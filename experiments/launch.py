@@ -75,6 +75,8 @@ class LaunchArgs(MeshArgs):
     """A tokenizer.json; otherwise one is trained on the data."""
     precision: str | None = None
     """fp32 or bf16."""
+    combine: str | None = None
+    """bf16, logfmt8 or logfmt10: what experts' results travel in to other devices."""
     set: tuple[str, ...] = ()
     """FIELD=VALUE of the Run, such as --set config.num_experts=32 remat=paper."""
     profile: tuple[int, int] | None = None
@@ -263,6 +265,9 @@ def override(run: Run, args: LaunchArgs) -> Run:
         changes["data"] = args.data
     if args.precision is not None:
         changes["precision"] = Precision.of(args.precision)
+    if args.combine is not None:
+        precision = changes.get("precision", run.precision)
+        changes["precision"] = dataclasses.replace(precision, combine=args.combine)
     run = dataclasses.replace(run, **changes)
     assignments = {}
     for assignment in args.set:

@@ -33,11 +33,21 @@ class Layout(NamedTuple):
     arriving_E: jax.Array | None = None  # int32: of a hop, rows that come from each device
 
 
+# How rows go back over a hop: from rows and the exchange of an array to the rows that arrive.
+Results = Callable[[jax.Array, Callable[[jax.Array], jax.Array]], jax.Array]
+
+
+def as_they_are(y_MD: jax.Array, exchange: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Rows go back in the format that they have."""
+    return exchange(y_MD)
+
+
 class Hop(NamedTuple):
     """An exchange over the expert axis, among the given groups of its devices."""
 
     groups: tuple[tuple[int, ...], ...]
     ragged: bool = False  # whether only rows that hold something travel
+    results: Results = as_they_are
 
 
 class Path(NamedTuple):
@@ -67,12 +77,19 @@ PLAIN = Wire()
 
 
 def plan_path(
-    expert_TK: jax.Array, num_experts: int, alignment: int, *, held: int, exchanged: bool = True
+    expert_TK: jax.Array,
+    num_experts: int,
+    alignment: int,
+    *,
+    held: int,
+    exchanged: bool = True,
+    results: Results = as_they_are,
 ) -> Path:
     """The path of a device's tokens, with the room that the scheme in scope gives.
 
     Args:
       held: experts on each device.
+      results: the format in which rows, and in the backward pass their gradients, go back.
       exchanged: whether tokens are split over the expert axis. Where they are copies instead,
         each device takes the choices of its own experts, and results are summed over the axis.
     """
@@ -80,7 +97,8 @@ def plan_path(
     even = expert_TK.size  # choices of a device, and, with an even load, rows of a device
     layouts: list[Layout] = []
     hops = axis_hops(num_experts // held, current_scheme().expert_nodes) if exchanged else ()
-    hops = tuple(hop._replace(ragged=current_scheme().ragged) for hop in hops)
+    ragged = current_scheme().ragged
+    hops = tuple(hop._replace(ragged=ragged, results=results) for hop in hops)
     if num_experts > held and not exchanged:
         ids_TK = _within(ids_TK, jax.lax.axis_index(AXIS), held)
     scope = num_experts
@@ -200,7 +218,9 @@ def dispatch(x_TD: jax.Array, path: Path, wire: Wire = PLAIN) -> jax.Array:
 
 def dispatch_choices(w_TK: jax.Array, path: Path) -> jax.Array:
     """One value per choice (its routing weight) to one value per row [M]; 0 in padding rows."""
-    w_TK = _to_rows(path.hops, PLAIN, w_TK, path.layouts[:-1])
+    # The gradients of choices, a number each, go back as they are.
+    hops = tuple(hop._replace(results=as_they_are) for hop in path.hops)
+    w_TK = _to_rows(hops, PLAIN, w_TK, path.layouts[:-1])
     T, K = w_TK.shape
     each = path.rows._replace(row_TK=path.rows.row_TK.reshape(T * K, 1))
     return _to_rows((), PLAIN, w_TK.reshape(T * K, 1), (each,)).reshape(-1)
@@ -228,7 +248,8 @@ def _backward(y_MD, layouts, hops):
     """Exchanges rows back and sums them, layout by layout."""
     for index in reversed(range(len(layouts))):
         if index < len(hops):
-            y_MD = _exchanger(hops[index], layouts[index], back=True)(y_MD)
+            hop = hops[index]
+            y_MD = hop.results(y_MD, _exchanger(hop, layouts[index], back=True))
         y_MD = _gather_sum(y_MD, layouts[index].row_TK)
     return y_MD
 
