@@ -64,36 +64,49 @@ def memory(setup: Setup) -> Memory:
     stored = parameter_bytes(run, mesh)
     # While micro-batches are added up there is a sum beside the gradient of the next.
     gradients = stored * (2 if setup.accumulation > 1 else 1)
-    size, layers = itemsize(setup), run.config.num_layers + run.config.num_mtp
     tokens = setup.tokens / mesh["tensor"]
-    kept = tokens * layers * size * kept_elements(setup, run.remat)
-    layer = [w for w in weights(run.config, mesh) if w.name.startswith("moe.")]
+    layers = run.config.num_layers + run.config.num_mtp
+    kept = tokens * layers * kept_bytes(setup, run.remat)
+    held = weights(run.config, mesh)
     # Weights of two layers, one of them on its way, and the FP32 gradients of the largest two.
+    layer = [w for w in held if w.name.startswith("moe.")]
     whole = sorted(w.size / w.layers / shards(w.computed, mesh) for w in layer)
-    at_work = 2 * sum(whole) * size + 4 * sum(whole[-2:])
-    largest = kept_elements(setup, "none") * 2.5 * tokens * size
-    return Memory(stored, optimizer_bytes(run, mesh), gradients, kept, at_work + largest)
+    at_work = 2 * sum(whole) * itemsize(setup) + 4 * sum(whole[-2:])
+    # Embedding or head whole in FP32, and two of their gradients; not at the same time as a layer.
+    table = 3 * 4 * max(w.size for w in held if w.leaf in WHOLE)
+    if is_fp8(setup):
+        # Codes of all quantised matrices, as they are and transposed.
+        at_work += 2 * stored / 4
+    largest = kept_bytes(setup, "none") * 2.5 * tokens
+    working = max(at_work + largest, table)
+    return Memory(stored, optimizer_bytes(run, mesh), gradients, kept, working)
 
 
-def kept_elements(setup: Setup, remat: str) -> float:
-    """Elements that a MoE layer keeps of each token for the backward pass: block.REMAT.
+def is_fp8(setup: Setup) -> bool:
+    return setup.run.precision.matmul == "fp8"
 
-    Over the tensor axis lie parts of them, or of the sequence.
+
+def kept_bytes(setup: Setup, remat: str) -> float:
+    """Bytes that a MoE layer keeps of each token for the backward pass: block.REMAT.
+
+    Over the tensor axis lie parts of them, or of the sequence. In FP8 what experts read is kept as
+    codes, and what follows attention in 12 bits.
     """
-    config = setup.run.config
+    config, size = setup.run.config, itemsize(setup)
+    codes, twelve = (1 + 4 / 128, 1.5 + 4 / 128) if is_fp8(setup) else (size, size)
     N, D, A = config.num_heads, config.model_dim, config.query_key_dim
     U, Q, Y = config.value_head_dim, config.query_latent_dim or 0, config.cache_dim
-    F = config.expert_ffn_dim
     rows = config.experts_per_token * (setup.scheme.room or 1.0)
-    latent, attention = Q + Y, N * U
-    hidden = 2 * F * (rows + config.num_shared_experts)
+    latent, attention = size * (Q + Y), N * U
+    hidden = codes * 2 * config.expert_ffn_dim * (rows + config.num_shared_experts)
+    both = latent + codes * rows * D + hidden
     kept = {
         "full": 0.0,
-        "attention": attention,
-        "paper": latent + attention + rows * D + hidden,
-        "none": 2 * D + 2 * latent + N * (2 * A + U) + 2 * attention + 2 * rows * D + 1.5 * hidden,
+        "attention": twelve * attention,
+        "paper": twelve * attention + both,
+        "none": size * (2 * D + N * (2 * A + U) + 2 * attention + rows * D) + both + hidden,
     }
-    return D + kept[remat]
+    return size * D + kept[remat]
 
 
 def forward_flops(setup: Setup) -> dict[str, float]:
@@ -118,7 +131,7 @@ def forward_flops(setup: Setup) -> dict[str, float]:
 def step_work(setup: Setup) -> list[Work]:
     """The work of a step on a device."""
     run, mesh, config = setup.run, setup.mesh, setup.run.config
-    again, fp8 = AGAIN[run.remat], run.precision.matmul == "fp8"
+    again, fp8 = AGAIN[run.remat], is_fp8(setup)
     found = []
     for part, forward in forward_flops(setup).items():
         times = 1.0 + BACKWARD_OVER_FORWARD + again.get(part, 0.0)
@@ -145,18 +158,25 @@ def step_work(setup: Setup) -> list[Work]:
     return found
 
 
-def gathered_bytes(weight: Weight, setup: Setup) -> tuple[float, int]:
-    """Bytes of a weight's element in all gathers of a micro-batch, and how many gathers.
+def gathers(weight: Weight, setup: Setup) -> list[tuple[float, int]]:
+    """(bytes of an element, how often a step) of the gathers of a weight.
 
     Masters are FP32; compilers move the cast to what products multiply in front of the gather in
     scanned layers, but where attention is computed again backward. Embedding, head and MTP modules
-    stand alone and are gathered once, as they are.
+    stand alone and are gathered once, as they are. In FP8 masters are gathered once a step to be
+    quantised, then codes forward, and again where attention is computed again, and transposed
+    codes backward.
     """
-    scanned = weight.name.startswith(("dense.", "moe."))
-    if not scanned or setup.scheme.zero == 1:
-        return 4, 1
+    often = setup.accumulation if setup.scheme.zero == 3 else 1
+    if weight.leaf in WHOLE:
+        return [(4, often)]
+    if is_fp8(setup) and weight.leaf != "router_ED":
+        again = "N" in weight.letters and setup.run.remat != "none"
+        return [(4, 1)] + ([(1, (2 + again) * often)] if setup.scheme.zero == 3 else [])
+    if setup.scheme.zero == 1 or not weight.name.startswith(("dense.", "moe.")):
+        return [(4, often)]
     cast = itemsize(setup) if weight.leaf != "router_ED" else 4
-    return cast + (4 if "N" in weight.letters else cast), 2
+    return [(cast, often), (4 if "N" in weight.letters else cast, often)]
 
 
 def step_transfers(setup: Setup) -> list[Transfer]:
@@ -172,13 +192,13 @@ def weight_transfers(setup: Setup) -> list[Transfer]:
         # Embedding and head are used once more by each MTP module.
         uses = 1 + run.config.num_mtp if w.leaf in WHOLE else 1
         sums = uses * w.layers * setup.accumulation
-        itemsizes, gathers = gathered_bytes(w, setup)
-        often = w.layers * (setup.accumulation if setup.scheme.zero == 3 else 1)
+        size_of_all = sum(item * often for item, often in gathers(w, setup))
+        calls = w.layers * sum(often for _, often in gathers(w, setup))
         each = size / w.layers
         for index, axis in enumerate(w.gathered):
             part = each / shards(w.gathered[index + 1 :], mesh)
-            found.append(Transfer("weights", "all-gather", (axis,), part * itemsizes * often,
-                                  gathers * often, True))
+            found.append(Transfer("weights", "all-gather", (axis,), part * w.layers * size_of_all,
+                                  calls, True))
             found.append(Transfer("gradients", "reduce-scatter", (axis,), 4 * part * sums, sums,
                                   True))
         if w.summed:
@@ -217,7 +237,7 @@ def expert_transfers(setup: Setup) -> list[Transfer]:
     # What is combined in an MTP module is computed again for the norm behind it.
     again = setup.accumulation * mtp if remat != "none" else 0
     D, K = config.model_dim, config.experts_per_token
-    codes = D + 4 * (D // 128) if setup.run.precision.matmul == "fp8" else D * size
+    codes = D + 4 * (D // 128) if is_fp8(setup) else D * size
     # Forward, the gradient that goes back through combine, and once more where it is not kept.
     sends = 3 if remat in ("attention", "full") else 2
     # Ids and routing weights go out with the tokens, again if the path is not kept; the

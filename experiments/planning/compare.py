@@ -43,14 +43,16 @@ def axes_name(axes: Iterable[str], setup: Setup) -> str:
 def purpose(collective: Collective, sizes: set[int]) -> str:
     """What a compiled collective is for; `sizes` are the elements of weights as products see them.
 
-    A gather is one of weights when all its arrays have the size of one. A sum over axes that split
-    the batch is one of gradients when the backward pass makes it of something as large as a weight.
+    A gather over axes that split the batch is one of weights when the model asked for it or all its
+    arrays have the size of one; a sum over them is one of gradients when the backward pass makes it
+    of something as large as a weight.
     """
     axes, kind = set(collective.axes), collective.kind
+    asked = collective.scope.rpartition("/")[2].startswith("all_gather")
     if kind in ("all-to-all", "ragged-all-to-all") and axes == {"expert"}:
         return EXPERTS
-    if kind == "all-gather":
-        return "weights" if all(a.size in sizes for a in collective.arrays) else "other"
+    if kind == "all-gather" and axes & set(BATCH_AXES):
+        return "weights" if asked or all(a.size in sizes for a in collective.arrays) else "other"
     if kind in ("all-reduce", "reduce-scatter") and axes & set(BATCH_AXES):
         backward = "transpose(" in collective.scope or any(
             a.size in sizes for a in collective.arrays
@@ -58,7 +60,7 @@ def purpose(collective: Collective, sizes: set[int]) -> str:
         floats = all(a.dtype in ("f32", "bf16", "f16") for a in collective.arrays)
         large = max(a.size for a in collective.arrays) >= min(sizes)
         return "gradients" if backward and floats and large else "other"
-    if kind == "all-reduce" and axes == {"tensor"}:
+    if axes == {"tensor"}:
         return "tensor sums"
     return "other"
 
