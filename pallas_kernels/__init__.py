@@ -8,5 +8,5 @@ A lower-case letter counts that dimension in blocks of 128: `scale_Mk`.
 Weights are stored output first, contraction last: `w_NK`, `w_GNK`.
 
 Each op folder reads api.py (contract, checks, choice, gradient), reference.py (the meaning in plain
-jnp), hopper.py (the Mosaic GPU kernel) or cudnn.py.
+jnp), hopper.py (the Mosaic GPU kernel, with the tiles measured in tuned.py) or cudnn.py.
 """

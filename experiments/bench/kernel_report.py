@@ -11,6 +11,7 @@ import jax
 
 from experiments.plots import logarithmic, new_figure, svg
 from experiments.tables import plain, print_table, write_json
+from sharding.hardware import ACCELERATORS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -70,7 +71,7 @@ def report(
 
 
 def roofline(rows: Sequence[Mapping[str, Any]]) -> str:
-    """TFLOP/s (or GB/s, for passes over memory) over intensity; ours dark, peers light."""
+    """TFLOP/s over intensity under the card's roof (or GB/s over size); ours large, peers small."""
     figure, axes = new_figure(height=3.6)
     products = [row for row in rows if row.get("TFLOP/s") and row.get("FLOP/byte")]
     rate, key = ("TFLOP/s", "FLOP/byte") if products else ("GB/s", "MB")
@@ -79,6 +80,13 @@ def roofline(rows: Sequence[Mapping[str, Any]]) -> str:
         points = [(row[key], row[rate]) for row in shown if row["kernel"] == label]
         style = {"s": 22} if label.startswith("ours") else {"s": 14, "alpha": 0.6}
         axes.scatter(*zip(*points, strict=True), label=label, **style)
+    card = next((a for a in ACCELERATORS.values() if a.kind == jax.devices()[0].device_kind), None)
+    if products and card is not None:
+        edges = sorted(row[key] for row in products)
+        knee = card.flops_fp8 / card.memory_bandwidth
+        x = sorted({edges[0] / 1.2, min(knee, edges[-1]), edges[-1] * 1.2})
+        roof = [min(i * card.memory_bandwidth, card.flops_fp8) / 1e12 for i in x]
+        axes.plot(x, roof, color="gray", linewidth=1, label="datasheet, FP8 and memory")
     axes.set_xscale("log")
     axes.set_xlabel("FLOP a byte that must move" if products else "MB that must move")
     axes.set_title(rate, loc="left", fontsize=10.5)
