@@ -111,8 +111,13 @@ def compute_registers(warpgroups: int, memory_registers: int) -> int:
 
 def varying_like(operand, array):
     """The array, varying over the same mesh axes as an operand: kernels' outputs do not say so."""
-    axes = tuple(jax.typeof(operand).manual_axis_type.varying)
+    axes = varying_axes(operand)
     return jax.lax.pcast(array, axes, to="varying") if axes else array
+
+
+def varying_axes(operand) -> tuple[str, ...]:
+    """The mesh axes over which an operand differs, inside a function on local shards."""
+    return tuple(jax.typeof(operand).manual_axis_type.varying)
 
 
 def launch(body, *, name, interpret=None, approx_math=False, **kernel_args):

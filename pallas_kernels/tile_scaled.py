@@ -158,8 +158,10 @@ def matmul(
     """
     n, k = y_NM.shape[0], x_KM.shape[0]
     out_type = jax.ShapeDtypeStruct((sizes_G.shape[0], n, k), jnp.float32)
-    # Before jax 0.11 a kernel cannot write into an operand.
-    add = accumulator_GNK is not None and jax.__version_info__ >= (0, 11)
+    # Before jax 0.11 a kernel cannot write into an operand, and none into one that varies over
+    # the axes of a mesh.
+    in_place = jax.__version_info__ >= (0, 11) and not mosaic.varying_axes(y_NM)
+    add = accumulator_GNK is not None and in_place
     kernel = pipeline.launch(
         functools.partial(_body, add=add),
         name=name,

@@ -116,7 +116,7 @@ def local(fn: Callable, signature: str, *, whole: str = "", again: bool = True) 
     results have been summed by `fn`; where they are split over a mesh axis the partial results are
     added up, each device keeping its piece of the sequence. Backward, cotangents are added up over
     the devices that share an operand, in their own dtype. `fn` returns one array, or a tuple where
-    the signature lists more.
+    the signature lists more. On one device it is called as it is.
 
     Args:
       whole: letters that `fn` needs whole.
@@ -124,7 +124,7 @@ def local(fn: Callable, signature: str, *, whole: str = "", again: bool = True) 
         nothing of what was gathered.
     """
     mesh = current_mesh()
-    if mesh is None:
+    if mesh is None or mesh.size == 1:
         return fn
     inputs, outputs = (side.split(",") for side in signature.split("->"))
 
