@@ -114,6 +114,12 @@ COMMANDS = {
         "LogFMT encoded and decoded beside a copy of as many bytes, checked and timed",
         "--out runs/bench",
     ),
+    "bench combine": Command(
+        "experiments.bench.combine",
+        "bench_combine",
+        "loss and bytes of each format in which experts' results travel",
+        "tiny --steps 200",
+    ),
     "bench tune": Command(
         "experiments.bench.tune",
         "bench_tune",
