@@ -141,7 +141,7 @@ class Precision:
     Router, routing bias, norms, softmax and loss are FP32 in all of them (V3 report, section 3.3).
     """
 
-    weights: Literal["fp32", "bf16"] = "fp32"
+    weights: Format = "fp32"  # fp8: blocks as released, dequantised where products read them
     activations: Literal["fp32", "bf16"] = "fp32"
     matmul: Format = "fp32"
     moments: Literal["fp32", "bf16"] = "fp32"
@@ -151,6 +151,10 @@ class Precision:
     def __post_init__(self):
         if self.combine not in COMBINE:
             raise ValueError(f"combine={self.combine!r} must be one of {', '.join(COMBINE)}")
+        if self.weights == self.matmul == "fp8":
+            raise ValueError(
+                "weights='fp8' are dequantised for their products: use matmul='bf16' or 'fp32'"
+            )
         if self.matmul == "fp32" and self.activations != "fp32":
             raise ValueError(f"{self.matmul=} needs activations='fp32', not {self.activations!r}")
         if self.matmul != "fp32" and self.activations == "fp32":
@@ -271,6 +275,8 @@ class Run:
             raise ValueError(f"fim_rate={self.fim_rate} must be between 0 and 1")
         if self.ema_decay is not None and not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"ema_decay={self.ema_decay} must be None or in [0, 1)")
+        if self.precision.weights == "fp8":
+            raise ValueError("weights='fp8' leave no masters to train: use 'fp32'")
         if self.seq_len > self.config.max_length:
             raise ValueError(
                 f"seq_len={self.seq_len} must not exceed max_length={self.config.max_length}"

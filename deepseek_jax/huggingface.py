@@ -4,26 +4,29 @@ A tensor is read when its bytes are needed: each device is given its own part of
 the host holds no more than that.
 """
 
+import dataclasses
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from deepseek_jax.config import Precision
-from deepseek_jax.huggingface_blocks import quantize
+from deepseek_jax.huggingface_blocks import E4M3, dequantize, quantize
 from deepseek_jax.huggingface_checkpoint import INDEX, SCALE, Checkpoint, open_checkpoint
 from deepseek_jax.huggingface_config import config_record
 from deepseek_jax.huggingface_names import Entry, entries
 from deepseek_jax.layers import RoutingBias
 from deepseek_jax.model import Model
+from deepseek_jax.stored import is_stored
 from deepseek_jax.tensor_files import DTYPES, Spec, write_file
-from sharding.placement import store_shardings
+from sharding.rules import STORE, weight_spec
 
 Format = Literal["fp8", "bf16", "fp32"]
 STORED = {"fp32": "F32", "bf16": "BF16"}
@@ -54,16 +57,27 @@ def load_huggingface(
     loaded = []
     for state in states:
         tree = nnx.to_pure_dict(state)
-        where = (
-            jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), tree)
-            if mesh is None
-            else store_shardings(tree, mesh)
+        read = lambda path, leaf: load_leaf(checkpoint, path, leaf, mesh, allow_nan=allow_nan)
+        loaded.append(
+            nnx.State(jax.tree_util.tree_map_with_path(read, tree, is_leaf=is_stored))
         )
-        read = lambda path, leaf, sharding: load_array(
-            checkpoint, dotted(path), leaf.dtype, sharding, allow_nan=allow_nan
-        )
-        loaded.append(nnx.State(jax.tree_util.tree_map_with_path(read, tree, where)))
     return nnx.merge(graphdef, *loaded)
+
+
+def load_leaf(checkpoint: Checkpoint, path, leaf, mesh, *, allow_nan: bool) -> Any:
+    """A parameter, or a routing bias, in the dtype and kind of an abstract one."""
+    name = dotted(path)
+    if mesh is None:
+        where = whole = SingleDeviceSharding(jax.devices()[0])
+    else:
+        split = weight_spec(path[-1].key, leaf.shape, STORE, mesh.shape)
+        where, whole = NamedSharding(mesh, split), NamedSharding(mesh, PartitionSpec())
+    if not is_stored(leaf):
+        return load_array(checkpoint, name, leaf.dtype, where, allow_nan=allow_nan)
+    codes = load_array(checkpoint, name, E4M3, where, allow_nan=allow_nan)
+    return dataclasses.replace(
+        leaf, codes=codes, scale=jax.device_put(checkpoint.scales(name), whole)
+    )
 
 
 def load_array(
@@ -156,23 +170,29 @@ def export_arrays(model: Model, format: Format) -> Iterator[np.ndarray]:
     tree: dict = {}
     for kind in (nnx.Param, RoutingBias):
         for path, leaf in jax.tree_util.tree_leaves_with_path(
-            nnx.to_pure_dict(nnx.state(model, kind))
+            nnx.to_pure_dict(nnx.state(model, kind)), is_leaf=is_stored
         ):
             tree[dotted(path)] = leaf
-    held: tuple[str, int, np.ndarray] | None = None
+    held: tuple[Any, Any] = (None, None)
     for entry in entries(model.config):
+        value = tree[entry.array]
         if entry.index:
-            layer = entry.index[0]
-            if held is None or held[:2] != (entry.array, layer):
-                held = (entry.array, layer, np.asarray(tree[entry.array][layer]))
-            array = held[2][entry.index[1:]]
-        else:
-            array = np.asarray(tree[entry.array])
-        yield from encode(array.reshape(entry.shape), specs_of(entry, format))
+            if held[0] != (entry.array, entry.index[0]):
+                of_layer = jax.tree.map(lambda leaf, l=entry.index[0]: np.asarray(leaf[l]), value)
+                held = (entry.array, entry.index[0]), of_layer
+            value = jax.tree.map(lambda leaf, e=entry.index[1:]: leaf[e], held[1])
+        yield from encode(value, entry, specs_of(entry, format))
 
 
-def encode(array: np.ndarray, specs: list[Spec]) -> Iterator[np.ndarray]:
-    """An array in the dtypes that it is written in."""
+def encode(value: Any, entry: Entry, specs: list[Spec]) -> Iterator[np.ndarray]:
+    """A parameter of one layer and expert in the dtypes that it is written in."""
+    if is_stored(value):
+        codes, scale = np.asarray(value.codes).reshape(entry.shape), np.asarray(value.scale)
+        if len(specs) == 2:
+            yield from (codes, scale)
+            return
+        value = dequantize(codes, scale, slice(None), slice(None))
+    array = np.asarray(value).reshape(entry.shape)
     if len(specs) == 2:
         yield from quantize(array)
     else:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.huggingface_blocks import blocks, dequantize, is_finite
+from deepseek_jax.huggingface_blocks import E4M3, blocks, dequantize, is_finite
 from deepseek_jax.huggingface_config import check_quantization, interleaved, model_config, tied
 from deepseek_jax.huggingface_names import Entry, computed, copies, entries, sizes
 from deepseek_jax.tensor_files import Tensor, read_header
@@ -44,11 +44,27 @@ class Checkpoint:
         return self.tensors.get(entry.name + SCALE)
 
     def read(
-        self, entry: Entry, rows: slice = slice(None), columns: slice = slice(None)
+        self,
+        entry: Entry,
+        rows: slice = slice(None),
+        columns: slice = slice(None),
+        *,
+        codes: bool = False,
     ) -> np.ndarray:
-        """A window of a tensor in the dtype it is stored in; FP32 where it is in FP8 blocks."""
+        """A window of a tensor in the dtype it is stored in; FP32 where it is in FP8 blocks.
+
+        Args:
+          codes: leave FP8 blocks as they are.
+        """
         tensor, scale = self.source(entry), self.scale(entry)
-        if scale is not None:
+        if codes and (scale is None or not interleaved(self.record)):
+            raise ValueError(
+                f"weights='fp8' keep FP8 blocks as they are stored, and {entry.name} is "
+                f"{tensor.dtype}: use weights='bf16', or convert the checkpoint to fp8"
+                if scale is None
+                else "weights='fp8' need rotary pairs stored side by side: use weights='bf16'"
+            )
+        if scale is not None and not codes:
             return dequantize(tensor.read(), scale.read(), rows, columns)
         array = tensor.read(rows)
         return array[:, columns] if array.ndim == 2 else array
@@ -60,6 +76,7 @@ class Checkpoint:
 
         Args:
           index: slices of the whole array, layers and experts first.
+          dtype: with E4M3, the codes of FP8 blocks as they are stored.
         """
         own = self.by_array(path)
         shape = self.array_shape(path)
@@ -70,7 +87,7 @@ class Checkpoint:
         for entry in own:
             at = [i - first for i, (first, _) in zip(entry.index, bounds, strict=False)]
             if all(0 <= a < n for a, n in zip(at, out.shape, strict=False)):
-                piece = self.piece(entry, path, shape[lead:], window)
+                piece = self.piece(entry, path, shape[lead:], window, codes=dtype == E4M3)
                 if not allow_nan and not is_finite(piece):
                     raise ValueError(
                         f"tensor {entry.name} holds NaN or infinite values: repair it, or allow "
@@ -79,7 +96,7 @@ class Checkpoint:
                 out[tuple(at)] = piece.astype(dtype)
         return out
 
-    def piece(self, entry: Entry, path: str, dims, window) -> np.ndarray:
+    def piece(self, entry: Entry, path: str, dims, window, *, codes: bool = False) -> np.ndarray:
         """A window of one released tensor in the shape and order of our array."""
         letters = letters_of(path)[-len(dims) :] if dims else ""
         rows, columns = slice(*window[0]), slice(None)
@@ -92,11 +109,19 @@ class Checkpoint:
             rows, columns = (
                 (merged, slice(*window[2])) if letters[0] == "N" else (rows, merged)
             )
-        array = self.read(entry, rows, columns).reshape([last - first for first, last in window])
+        array = self.read(entry, rows, columns, codes=codes)
+        array = array.reshape([last - first for first, last in window])
         if not interleaved(self.record) and letters in ("NAD", "NAQ", "YD"):
             array = pairs_from_halves(array, letters.index("Y" if "Y" in letters else "A"),
                                       self.config.rotary_head_dim)
         return array
+
+    def scales(self, path: str) -> np.ndarray:
+        """The scales of all blocks of one of our arrays in FP8, layers and experts first."""
+        own = self.by_array(path)
+        lead = [max(entry.index[i] for entry in own) + 1 for i in range(len(own[0].index))]
+        stored = np.stack([self.scale(entry).read().astype(np.float32) for entry in own])
+        return stored.reshape(*lead, *stored.shape[1:])
 
     def by_array(self, path: str) -> list[Entry]:
         """The entries that make up one of our arrays."""

@@ -15,6 +15,7 @@ from deepseek_jax.layers import embed, normal, ones, rms_norm
 from deepseek_jax.linear import DTYPES, einsum
 from deepseek_jax.moe import Load
 from deepseek_jax.rope import positions, rotations
+from deepseek_jax.stored import may_be_stored, store
 from sharding import shard
 
 
@@ -52,7 +53,7 @@ class Model(nnx.Module):
             if block is not None and config.num_moe_layers:
                 block.ffn.combine = self.precision.combine
         if self.precision.weights != "fp32":
-            cast_weights(self, DTYPES[self.precision.weights])
+            cast_weights(self, self.precision.weights)
 
     def __call__(
         self,
@@ -182,11 +183,17 @@ def ready(model: Model) -> Model:
     return nnx.merge(graphdef, nnx.State(quantize_weights(weights)), rest)
 
 
-def cast_weights(model: Model, dtype: jax.typing.DTypeLike) -> None:
-    """Casts parameters, but neither routing biases nor routers, which stay FP32."""
+def cast_weights(model: Model, format: str) -> None:
+    """Converts parameters, but neither routing biases nor routers, which stay FP32.
+
+    In FP8 only the matrices that released checkpoints have in FP8, the others in BF16.
+    """
     for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        if path[-1] != "router_ED":
-            param.set_value(param[...].astype(dtype))
+        name = path[-1]
+        if format == "fp8" and may_be_stored(name):
+            param.set_value(store(param[...], name.rsplit("_", 1)[-1], model.dtype))
+        elif name != "router_ED":
+            param.set_value(param[...].astype(DTYPES["bf16" if format == "fp8" else format]))
 
 
 def with_load(aux: Aux, load: Load | None) -> Aux:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from deepseek_jax.huggingface_names import entries
 from deepseek_jax.layers import RoutingBias
 from deepseek_jax.tensor_files import DTYPES, Spec, read_header, write_file
 from sharding import make_mesh
-from tests.configs import TINY, make_run, make_state
+from tests.configs import TINY, compiled, make_run, make_state
 from tests.oracle import weights
 from tests.parity import cases
 
@@ -125,6 +126,46 @@ def test_fp8_blocks_with_short_edges_are_read_as_what_they_mean(fp8, relative_er
     exported = zip(export_specs(WIDE, "fp32"), export_arrays(model, "fp32"), strict=True)
     for spec, array in exported:
         np.testing.assert_allclose(array, meaning[spec.name], rtol=1e-6, err_msg=spec.name)
+
+
+KEPT_IN_FP8 = ds.Precision(weights="fp8")
+
+
+def test_fp8_kept_as_it_is_comes_back_byte_for_byte(fp8, tmp_path):
+    folder, files, _ = fp8
+    model = ds.load_huggingface(folder, precision=KEPT_IN_FP8)
+    stored = model.moe.ffn.w_gate_EFD.get_value()
+    assert stored.codes.dtype == ml_dtypes.float8_e4m3fn and stored.codes.shape == stored.shape
+    ds.save_huggingface(model, tmp_path / "out", format="fp8")
+    tensors = read_header(tmp_path / "out" / "model-00001-of-00001.safetensors")
+    assert tensors.keys() == files.keys()
+    for name, array in files.items():
+        again = tensors[name].read()
+        assert again.dtype == array.dtype and again.tobytes() == array.tobytes(), name
+
+
+def test_logits_of_fp8_kept_are_those_of_the_dequantised_model(fp8, relative_error, limits):
+    folder, *_ = fp8
+    tokens_BT = jnp.asarray(weights.make_tokens(0, WIDE.vocab_size, (2, 7)))
+    logits = [
+        compiled(lambda m, x: m(x)[0], model, tokens_BT)(model, tokens_BT)
+        for model in (ds.load_huggingface(folder, precision=p) for p in (KEPT_IN_FP8, "fp32"))
+    ]
+    assert relative_error(*logits) < limits["fp32"].value
+
+
+def test_fp8_kept_lies_in_the_shards_of_a_mesh(fp8):
+    folder, *_ = fp8
+    model = ds.load_huggingface(folder, precision=KEPT_IN_FP8,
+                                mesh=make_mesh(jax.devices()[:4], fsdp=4))  # fmt: skip
+    codes = model.moe.ffn.w_gate_EFD.get_value().codes
+    assert codes.sharding.shard_shape(codes.shape)[-1] == WIDE.model_dim // 4
+
+
+def test_keeping_fp8_needs_fp8(tmp_path):
+    folder = cases.write_checkpoint("yarn-groups", 0, tmp_path / "c")
+    with pytest.raises(ValueError, match="is F32: use weights='bf16'"):
+        ds.load_huggingface(folder, precision=KEPT_IN_FP8)
 
 
 def test_an_fp8_export_means_nearly_the_same(fp8, tmp_path, relative_error, limits):
