@@ -146,6 +146,11 @@ def quantize() -> Iterator[Verdict]:
             "RMSNorm": (norm, (x, gain), 2e-2),
             "SwiGLU": (functools.partial(swiglu_tiles, by="both"), (x, up, weight), 2e-2),
             "SwiGLU by rows": (swiglu_tiles, (x, up, weight), 2e-2),
+            "SwiGLU, inputs kept": (
+                functools.partial(swiglu_tiles, keep=True),
+                (x, up, weight),
+                2e-2,
+            ),
             "SwiGLU backward": (gradients, (codes, codes, up, weight), 2e-2),
         }
         for name, (form, operands, limit) in forms.items():

@@ -20,6 +20,7 @@ FORMS = {
     "rows": (Form(), 3),
     "RMSNorm": (Form(by_row=True, by_column=True), 3),
     "SwiGLU": (Form(inputs=2, by_row=True), 5),
+    "SwiGLU, inputs kept": (Form(inputs=2, by_row=True, keep=True), 7),
     "both layouts": (Form(columns=True), 4),
     "SwiGLU, both layouts": (Form(inputs=2, by_row=True, columns=True), 6),
     "re-tiling": (Form(codes=True, rows=False, columns=True), 2),
@@ -33,10 +34,10 @@ spec = jax.ShapeDtypeStruct
 class BenchQuantizeArgs(KernelArgs):
     """Time quantisation to FP8 and its fused forms beside a copy of the bytes that they must move.
 
-    At 4096 and 16384 rows of 2048, 7168 and 18432: tiles by rows, with RMSNorm (its row sums
-    given), with SwiGLU and routing weights, both layouts in one pass, re-tiling for the weight
-    gradient, SwiGLU backward; and weights in blocks of 128 x 128 with their transpose. There is no
-    peer but the copy.
+    At 4096 and 16384 rows of 2048, 7168 and 18432: tiles by rows; with RMSNorm (its row sums
+    given); with SwiGLU and routing weights, alone and with its inputs kept; both layouts in one
+    pass; re-tiling for the weight gradient; SwiGLU backward; and weights in blocks of 128 x 128
+    with their transpose. There is no peer but the copy.
     """
 
 
@@ -53,7 +54,7 @@ def cases() -> list[Case]:
 
 def activations(name: str, m: int, k: int) -> Case:
     form, width = FORMS[name]
-    scales = 4 * m * k // 128 * (form.rows + form.columns + form.codes)
+    scales = 4 * m * k // 128 * (form.rows + form.columns + form.codes + 2 * form.keep)
     program = with_tiles(name, m, k, hopper.tiles_of(form))
     return case(name, f"{m} x {k}", program, m * k * width + scales)
 

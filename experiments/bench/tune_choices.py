@@ -191,7 +191,8 @@ def quantising() -> Iterator[Choice]:
 def fits(form: Any, tiles: Tiles) -> bool:
     """Whether so many blocks fit on an SM; one that does not would run after the others."""
     stage = form.inputs * form.height * 128 * (1 if form.codes else 2)
-    pieces = 8192 * (2 if form.columns else tiles.stages) * (form.rows + form.columns)
+    sites = form.rows + form.columns + 2 * form.keep
+    pieces = 8192 * sites * (tiles.stages if form.one_piece else form.height // 64)
     rest = 8192 * form.columns + 32768 * form.codes + 8192
     return tiles.blocks * (tiles.stages * stage + pieces + rest) <= 228 * 1024
 

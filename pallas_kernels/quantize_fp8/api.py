@@ -124,12 +124,19 @@ def swiglu_tiles(
     by: By = "rows",
     power_of_two: bool = False,
     counts_m: Int32[Array, "m"] | None = None,
+    keep: bool = False,
     implementation: str | None = None,
 ):
-    """quantize_tiles of silu(gate) * up * weight, which is rounded to BF16 first."""
+    """quantize_tiles of silu(gate) * up * weight, which is rounded to BF16 first.
+
+    Args:
+      keep: return (tiles, tiles of gate, tiles of up), all by rows, from one pass over both.
+    """
     implementation = choose(implementation, "swiglu_quantize_fp8")
     _check(by, gate_MK=gate_MK, up_MK=up_MK)
     _check_counts(counts_m, gate_MK)
+    if keep and by != "rows":
+        raise ValueError(f"gate and up are kept by='rows' only, not {by=}")
     if gate_MK.shape != up_MK.shape or gate_MK.dtype != up_MK.dtype:
         raise ValueError(
             f"gate and up differ: {gate_MK.shape} {gate_MK.dtype}, {up_MK.shape} {up_MK.dtype}"
@@ -138,10 +145,13 @@ def swiglu_tiles(
         raise ValueError(f"{weight_M.shape=} must be {gate_MK.shape[:1]}")
     if implementation == "reference":
         product_MK = reference.swiglu(gate_MK, up_MK, weight_M)
-        return _by(reference.mask(product_MK, counts_m), by, power_of_two)
+        found = _by(reference.mask(product_MK, counts_m), by, power_of_two)
+        inputs = (reference.mask(x_MK, counts_m) for x_MK in (gate_MK, up_MK))
+        return (found, *(_by(x_MK, by, power_of_two) for x_MK in inputs)) if keep else found
     weight_M = None if weight_M is None else weight_M.astype(jnp.float32)
     inputs = (gate_MK, up_MK)
-    return _launch(inputs, weight_M, None, counts_m, by, power_of_two, "swiglu_quantize_fp8")
+    name = "swiglu_quantize_fp8"
+    return _launch(inputs, weight_M, None, counts_m, by, power_of_two, name, keep)
 
 
 def swiglu_gradient_tiles(
@@ -267,7 +277,7 @@ def _by(x_MK, by, power_of_two):
     return tuple(results) if by == "both" else results[0]
 
 
-def _launch(x, row_M, column_K, counts_m, by, power_of_two, name):
+def _launch(x, row_M, column_K, counts_m, by, power_of_two, name, keep=False):
     if x[0].dtype != jnp.bfloat16:
         raise NotImplementedError(
             f"the kernel takes bfloat16, not {x[0].dtype}: use implementation='reference'"
@@ -280,6 +290,7 @@ def _launch(x, row_M, column_K, counts_m, by, power_of_two, name):
         rows=by != "columns",
         columns=by != "rows",
         power_of_two=power_of_two,
+        keep=keep,
     )
     out = hopper.quantize(
         x,
@@ -291,7 +302,8 @@ def _launch(x, row_M, column_K, counts_m, by, power_of_two, name):
         cores=mosaic.target().cores,
         name=name,
     )
-    return (Tiles(*out[:2]), Tiles(*out[2:])) if by == "both" else Tiles(*out)
+    found = tuple(Tiles(*out[i : i + 2]) for i in range(0, len(out), 2))
+    return found if len(found) > 1 else found[0]
 
 
 def _check(by, **operands):

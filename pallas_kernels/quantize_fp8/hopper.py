@@ -50,7 +50,8 @@ class Form:
     """What is quantised, and which layouts leave.
 
     inputs: 1, or 2 for silu(input 0) * input 1. codes: the input is FP8 with scales [k, M].
-    by_row, by_column: FP32 factors. masked: rows of each 128 from a count on are taken as 0.
+    by_row, by_column: FP32 factors. masked: rows of each 128 from a count on are taken as 0. keep:
+    the inputs leave by rows too, which goes with `rows` alone.
     """
 
     inputs: int = 1
@@ -61,6 +62,7 @@ class Form:
     rows: bool = True
     columns: bool = False
     power_of_two: bool = False
+    keep: bool = False
 
     @property
     def plain(self) -> bool:
@@ -70,8 +72,13 @@ class Form:
     @property
     def key(self) -> tuple[int, ...]:
         """What decides how the form is best laid out."""
-        flags = (self.codes, self.by_column, self.rows, self.columns)
+        flags = (self.codes, self.by_column, self.rows, self.columns, self.keep)
         return (self.inputs, *map(int, flags))
+
+    @property
+    def one_piece(self) -> bool:
+        """A tile leaves as one piece of 64 rows."""
+        return not (self.columns or self.keep)
 
     @property
     def height(self) -> int:
@@ -91,11 +98,13 @@ def _body(*refs, form, tiles, shape, blocks):
     (column_gmem,) = take(1) if form.by_column else (None,)
     (counts_gmem,) = take(1) if form.masked else (None,)
     code_gmem, scale_gmem = take(2) if form.rows else (None, None)
+    kept_gmem = [take(2) for _ in range(form.inputs * form.keep)]
     turned_gmem, turned_scale_gmem = take(2) if form.columns else (None, None)
     x_smem = take(form.inputs)
     (row_smem,) = take(1) if form.by_row or form.codes else (None,)
     (column_smem,) = take(1) if form.by_column else (None,)
     code_smem, scale_smem = take(2) if form.rows else (None, None)
+    kept_smem = [take(2) for _ in kept_gmem]
     turned_smem, turned_scale_smem, identity_smem = take(3) if form.columns else (None,) * 3
     # The products read their BF16 operand from where the input was, unless that is FP8.
     tile_smem = take(1)[0] if form.codes else x_smem[0]
@@ -108,8 +117,8 @@ def _body(*refs, form, tiles, shape, blocks):
     count = (total - block + (blocks - 1)) // blocks
     pieces = [warpgroup] if tiles.warpgroups == 2 else range(height // 64)
     # With one piece a tile the buffers of the stages take turns.
-    buffers = 1 if form.columns else tiles.stages
-    turns = len(pieces) * (form.rows + form.columns) * buffers
+    buffers = tiles.stages if form.one_piece else 1
+    turns = len(pieces) * (form.rows + form.columns + len(kept_gmem)) * buffers
 
     def place(i):
         tile = block + i * blocks
@@ -148,9 +157,17 @@ def _body(*refs, form, tiles, shape, blocks):
     if form.columns:
         meet()
 
+    def masked(x, half, valid):
+        if not form.masked:
+            return x
+        return jnp.where(index(x.shape, 0) < valid - half.start, x, jnp.zeros_like(x))
+
+    def operand(ref, slot, half):
+        return mosaic.load(ref.at[slot, half], WGMMA).astype(jnp.float32)
+
     def values(slot, half, valid):
         """64 rows as FP32 in registers; rounded to BF16 unless they are the operand's."""
-        x = [mosaic.load(ref.at[slot, half], WGMMA).astype(jnp.float32) for ref in x_smem]
+        x = [operand(ref, slot, half) for ref in x_smem]
         x = swish(*x) if form.inputs == 2 else x[0]
         if form.by_row:
             factor = mosaic.load(row_smem.at[slot, half], BY_ROW)
@@ -158,8 +175,7 @@ def _body(*refs, form, tiles, shape, blocks):
         if form.by_column:
             factor = mosaic.load(column_smem.at[slot], BY_COLUMN)
             x = x * lax.broadcast_in_dim(factor, x.shape, (1,))
-        if form.masked:
-            x = jnp.where(index(x.shape, 0) < valid - half.start, x, jnp.zeros_like(x))
+        x = masked(x, half, valid)
         return x if form.plain else x.astype(BF16).astype(jnp.float32)
 
     def store(encoded, code_smem, scale_smem, code_gmem, line):
@@ -185,18 +201,25 @@ def _body(*refs, form, tiles, shape, blocks):
         plgpu.barrier_wait(full.at[slot])
         for piece in pieces:
             half = pl.ds(piece * 64, 64)
+            place_of = (pl.ds(row * height + piece * 64, 64), columns)
+            line = (column, row * (height // 64) + piece)
+            for ref, (code, scale), kept in zip(x_smem, kept_gmem, kept_smem, strict=False):
+                x = masked(operand(ref, slot, half), half, valid)
+                buffers_of = (ref.at[0] for ref in kept)
+                encoded = encode(x, 0, form.power_of_two)
+                store(encoded, *buffers_of, code.at[place_of], (scale, *line))
             x = values(slot, half, valid)
             # The products below read the values from shared memory.
             if form.columns and (form.masked or not form.plain):
                 tile_smem[tile_slot(slot), half] = x.astype(BF16)
             if form.rows:
-                buffer = piece if form.columns else slot
+                buffer = slot if form.one_piece else piece
                 store(
                     encode(x, 0, form.power_of_two),
                     code_smem.at[buffer],
                     scale_smem.at[buffer],
-                    code_gmem.at[pl.ds(row * height + piece * 64, 64), columns],
-                    (scale_gmem, column, row * (height // 64) + piece),
+                    code_gmem.at[place_of],
+                    (scale_gmem, *line),
                 )
         if form.columns:
             if form.masked or not form.plain:
@@ -248,7 +271,8 @@ def quantize(
 ) -> tuple[jax.Array, ...]:
     """Codes [M, 128 k] and scales [k, M] by rows, then codes [K, 128 m] and scales [m, K].
 
-    Both only as the form says. The last dimension of scales is rounded up to a multiple of 4 (TMA).
+    Both only as the form says; after those by rows, the same of the inputs, if they are kept. The
+    last dimension of scales is rounded up to a multiple of 4 (TMA).
     """
     num_rows, width, blocks = x[0].shape[0], width or x[0].shape[1], cores * tiles.blocks
     if not form.columns:
@@ -260,7 +284,7 @@ def quantize(
     stage = lambda shape, dtype, transforms=(): plgpu.SMEM(
         (tiles.stages, *shape), dtype, transforms=transforms
     )
-    buffers = 2 if form.columns else tiles.stages
+    buffers = tiles.stages if form.one_piece else form.height // 64
     pieces = plgpu.SMEM((buffers, 64, TILE), F8, transforms=mosaic.swizzled(TILE, F8))
     lines = plgpu.SMEM((buffers, 64), jnp.float32)
     scratch += [
@@ -275,7 +299,8 @@ def quantize(
             shape_of((x[0].shape[0], column_tiles * TILE), F8),
             shape_of((column_tiles, round_up(num_rows, 4)), jnp.float32),
         ]
-        scratch += [pieces, lines]
+        out_type += out_type * form.inputs * form.keep
+        scratch += [pieces, lines] * (1 + form.inputs * form.keep)
     if form.columns:
         out_type += [
             shape_of((width, row_tiles * TILE), F8),
@@ -307,4 +332,5 @@ def quantize(
     )
     extra = [a for a in (row_M, column_K, counts_m) if a is not None]
     out = [mosaic.varying_like(x[0], array) for array in kernel(*x, *extra)]
-    return (out[0][:num_rows], *out[1:]) if form.rows else tuple(out)
+    cut = range(0, 2 * form.rows * (1 + form.inputs * form.keep), 2)
+    return tuple(array[:num_rows] if i in cut else array for i, array in enumerate(out))

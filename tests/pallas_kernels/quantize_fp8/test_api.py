@@ -152,6 +152,19 @@ def test_fused_forms_are_the_quantised_composition():
         assert relative_error(cut(found, turn(product)), turn(product)) < 0.03
 
 
+def test_swiglu_that_keeps_its_inputs_returns_them_as_they_are_quantised_alone():
+    gate_MK, up_MK = normal(0, (M, K), jnp.bfloat16), normal(1, (M, K), jnp.bfloat16)
+    weight_M, counts_m = jnp.linspace(0.1, 2, M), np.array([50], np.int32)
+    options = dict(counts_m=counts_m, power_of_two=True)
+    found = swiglu_tiles(gate_MK, up_MK, weight_M, keep=True, **options)
+    right = (
+        swiglu_tiles(gate_MK, up_MK, weight_M, **options),
+        quantize_tiles(gate_MK, **options),
+        quantize_tiles(up_MK, **options),
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, right)
+
+
 @pytest.mark.parametrize("weighted", [True, False], ids=["weights", "no-weights"])
 def test_swiglu_backward_gives_the_gradients_and_the_product_again(weighted):
     counts_m = np.array([50, 2], np.int32)[: -(-M // 128)]
@@ -197,6 +210,7 @@ BAD = {
     "gain": (lambda: rms_norm_tiles(zeros(4, 16), zeros(32), epsilon=1e-6), "gain_K.shape"),
     "up": (lambda: swiglu_tiles(zeros(4, 16), zeros(4, 32)), "differ"),
     "weight": (lambda: swiglu_tiles(zeros(4, 16), zeros(4, 16), zeros(3)), "weight_M.shape"),
+    "keep": (lambda: swiglu_tiles(zeros(4, 16), zeros(4, 16), by="both", keep=True), "by='both'"),
     "backward-shape": (
         lambda: swiglu_gradient_tiles(*[quantize_tiles(zeros(4, 32))] * 2, zeros(4, 144)),
         "dy is",

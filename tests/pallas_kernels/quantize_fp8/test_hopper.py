@@ -46,6 +46,7 @@ def test_every_form_lowers(shape):
             norm(x, gain),
             swiglu_tiles(x, up, weight, by="both", counts_m=counts),
             swiglu_tiles(x, up),
+            swiglu_tiles(x, up, weight, counts_m=counts, keep=True),
             retile(codes, k, counts_m=counts),
             swiglu_gradient_tiles(codes, codes, x, weight, counts_m=counts),
             swiglu_gradient_tiles(codes, codes, x),
@@ -54,7 +55,7 @@ def test_every_form_lowers(shape):
     shapes = (x, x, shape_of((m,), F32), counts, codes, shape_of((k,), BF16))
     with on(HOPPER):
         text = jax.jit(everything).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
-    assert kernels_in(text) == 9
+    assert kernels_in(text) == 10
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
@@ -104,7 +105,7 @@ def test_the_blocks_of_an_sm_fit_on_it_together(monkeypatch):
     test_every_form_lowers((256, 384))
     for dtype in (BF16, F32):
         test_blocks_lower((256, 384), dtype)
-    assert len(taken) == 11 and max(taken) <= 228 * 1024
+    assert len(taken) == 12 and max(taken) <= 228 * 1024
 
 
 def test_scales_are_stored_within_their_rows(monkeypatch):
@@ -139,7 +140,7 @@ def test_odd_tiles_are_refused():
         hopper.Tiles(warpgroups=3)
 
 
-CASES = ["both", "masked", "swiglu", "swiglu_gradient", "norm", "retile", "blocks"]
+CASES = ["both", "masked", "swiglu", "swiglu_kept", "swiglu_gradient", "norm", "retile", "blocks"]
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter needs jax >= 0.11")
