@@ -9,7 +9,8 @@ have no gradient. XLA drops it where nothing else needs it.
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from pallas_kernels.quantize_fp8 import (
     rms_norm_tiles,
 )
 from sharding import local
+from sharding.placement import shard_weight, stored_shape
 
 TILE = 128
 # Matrices that stay as they are, beside vectors.
@@ -111,22 +113,62 @@ def sides(letters: str) -> tuple[str, str, str]:
 def quantize_weight(master: jax.Array, letters: str, *, axes: int = 0) -> QuantizedWeight:
     """The weight, quantised; `axes` leading dimensions (stacked layers) come before the letters.
 
-    Rows of zeros fill its outputs up to a multiple of 16, as kernels want.
+    Rows of zeros fill its outputs up to a multiple of 16, as kernels want. On a mesh each device
+    quantises its stored piece where pieces fall on blocks; otherwise layers are gathered, one at a
+    time. Codes lie as the weight does.
     """
-    lead, outputs, contracted = sides(letters)
-    stack = "L" * axes
+    weight = jax.lax.stop_gradient(master)
+    stack, dims = "L" * axes, _block_letters(letters)
+    stacked = [stack + part for part in dims]
+    if falls_on_blocks(letters, master.shape[axes:]):
+        quantize = functools.partial(_quantize, letters, axes)
+        made = local(quantize, f"{stack}{letters}->{','.join(stacked)}", stored=True)(weight)
+    else:
+        quantize = functools.partial(_quantize, letters, 0)
+        layer = lambda w: _shard_codes(local(quantize, f"{letters}->{','.join(dims)}")(w), dims)
+        made = jax.lax.map(layer, weight) if axes else layer(weight)
+    codes, scale, turned, turned_scale = _shard_codes(made, stacked)
+    # Products see whole scales, in whose last dimension a multiple of 32 is added up to.
+    scales = f"{stacked[1]},{stacked[3]}"
+    widen = lambda *scales: tuple(_pad_last(scale, 32) for scale in scales)
+    scale, turned_scale = local(widen, f"{scales}->{scales}")(scale, turned_scale)
+    return QuantizedWeight(master, Blocks(codes, scale, turned, turned_scale))
 
-    def quantize(w):
-        split = axes + len(lead)
-        head, rows = w.shape[:split], w.shape[split : split + len(outputs)]
-        flat = w.reshape(-1, _size(rows), _size(w.shape[split + len(outputs) :]))
-        flat = jnp.pad(flat, ((0, 0), (0, -flat.shape[1] % 16), (0, 0)))
-        blocks = quantize_blocks(jax.lax.stop_gradient(flat))
-        return tuple(array.reshape(*head, *array.shape[1:]) for array in blocks)
 
-    dims = [stack + part for part in _block_letters(letters)]
-    blocks = local(quantize, f"{stack + letters}->{','.join(dims)}")(master)
-    return QuantizedWeight(master, Blocks(*blocks))
+def falls_on_blocks(
+    letters: str, shape: tuple[int, ...], axis_sizes: Mapping[str, int] | None = None
+) -> bool:
+    """Whether the pieces in which a weight is stored are cut between its blocks only."""
+    lead, *groups = sides(letters)
+    pieces, begin = stored_shape(letters, shape, axis_sizes), len(lead)
+    for group in groups:
+        whole, piece = (x[begin : begin + len(group)] for x in (shape, pieces))
+        begin += len(group)
+        if piece != whole and (piece[1:] != whole[1:] or _size(piece) % TILE):
+            return False
+    return True
+
+
+def _quantize(letters: str, axes: int, w: jax.Array) -> tuple[jax.Array, ...]:
+    """Codes and scales of a piece, and of its transpose, without what is added to scales."""
+    lead, outputs, _ = sides(letters)
+    split = axes + len(lead)
+    head, rows = w.shape[:split], w.shape[split : split + len(outputs)]
+    flat = w.reshape(-1, _size(rows), _size(w.shape[split + len(outputs) :]))
+    n, k = (-(-size // TILE) for size in flat.shape[1:])
+    flat = jnp.pad(flat, ((0, 0), (0, -flat.shape[1] % 16), (0, 0)))
+    codes, scale, turned, turned_scale = quantize_blocks(flat)
+    made = codes, scale[..., :k], turned, turned_scale[..., :n]
+    return tuple(array.reshape(*head, *array.shape[1:]) for array in made)
+
+
+def _shard_codes(made: tuple[jax.Array, ...], dims: list[str]) -> tuple[jax.Array, ...]:
+    codes, scale, turned, turned_scale = made
+    return shard_weight(codes, dims[0]), scale, shard_weight(turned, dims[2]), turned_scale
+
+
+def _pad_last(x: jax.Array, multiple: int) -> jax.Array:
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % multiple)])
 
 
 def quantize_weights(params: Any) -> Any:

@@ -7,7 +7,8 @@ is or will be a kernel in `local`; without a mesh both do nothing.
 import contextlib
 import contextvars
 import functools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -107,7 +108,14 @@ def batch_is_split() -> bool:
     return mesh is not None and any(mesh.shape[axis] > 1 for axis in BATCH_AXES)
 
 
-def local(fn: Callable, signature: str, *, whole: str = "", again: bool = True) -> Callable:
+def local(
+    fn: Callable,
+    signature: str,
+    *,
+    whole: str = "",
+    again: bool = True,
+    stored: bool = False,
+) -> Callable:
     """`fn` on local shards: `local(product, "BTD,FD->BTF")(x_BTD, w_FD)`.
 
     Operands with a B or T are activations, the others weights. What rests in more pieces than `fn`
@@ -122,6 +130,7 @@ def local(fn: Callable, signature: str, *, whole: str = "", again: bool = True) 
       whole: letters that `fn` needs whole.
       again: gather once more backward rather than keep; False where the gradient of `fn` needs
         nothing of what was gathered.
+      stored: `fn` works on each piece of weights as it is stored, and makes pieces of its results.
     """
     mesh = current_mesh()
     if mesh is None or mesh.size == 1:
@@ -138,11 +147,12 @@ def local(fn: Callable, signature: str, *, whole: str = "", again: bool = True) 
         # The tensor axis splits the sequence only where it splits nothing else.
         busy = any("tensor" in _axes(place(dims, PRODUCTS)) for dims in [*inputs, *outputs])
         table = PRODUCTS if busy or "T" in whole else ACTIVATIONS
-        rest = [_spec_at_rest(dims, sizes, mesh) for dims in inputs]
+        table = STORE if stored else table
         work = [place(dims, table) for dims in inputs]
+        rest = work if stored else [_spec_at_rest(dims, sizes, mesh) for dims in inputs]
         split = {axis for entries in work for axis in _axes(entries)}
-        results = [place(dims, ACTIVATIONS if "tensor" in split and "T" not in whole else table)
-                   for dims in outputs]
+        sequence = "tensor" in split and "T" not in whole and not stored
+        results = [place(dims, ACTIVATIONS if sequence else table) for dims in outputs]
 
         def body(*shards):
             operands = [_gather(*each, split) for each in zip(shards, rest, work, strict=True)]
@@ -232,6 +242,32 @@ def _sum_over(
             x = jax.lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
             axes -= {axis}
     return jax.lax.psum(x, tuple(sorted(axes))) if axes else x
+
+
+def stored_shape(
+    letters: str, shape: tuple[int, ...], axis_sizes: Mapping[str, int] | None = None
+) -> tuple[int, ...]:
+    """The shape of a device's piece of a stored weight, whose last dimensions are the letters.
+
+    Args:
+      axis_sizes: of the mesh; the one in scope by default.
+    """
+    if axis_sizes is None:
+        mesh = current_mesh()
+        axis_sizes = {} if mesh is None else mesh.shape
+    return tuple(
+        n // math.prod(axis_sizes[axis] for axis in _axes_of(entry))
+        for n, entry in zip(shape, spec(letters, shape, STORE, axis_sizes), strict=True)
+    )
+
+
+def shard_weight(x: jax.Array, letters: str) -> jax.Array:
+    """Constrains what stands for a weight in a step to lie as the weight would; see `at_rest`."""
+    mesh = current_mesh()
+    if mesh is None:
+        return x
+    table = STORE if current_scheme().zero == 3 else COMPUTE
+    return jax.lax.with_sharding_constraint(x, spec(letters, x.shape, table, mesh.shape))
 
 
 def at_rest(tree):

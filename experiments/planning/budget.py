@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from deepseek_jax.fp8 import falls_on_blocks
 from deepseek_jax.linear import DTYPES
 from experiments.planning.setup import Setup
 from experiments.planning.weights import (
@@ -163,16 +164,21 @@ def gathers(weight: Weight, setup: Setup) -> list[tuple[float, int]]:
 
     Masters are FP32; compilers move the cast to what products multiply in front of the gather in
     scanned layers, but where attention is computed again backward. Embedding, head and MTP modules
-    stand alone and are gathered once, as they are. In FP8 masters are gathered once a step to be
-    quantised, then codes forward, and again where attention is computed again, and transposed
-    codes backward.
+    stand alone and are gathered once, as they are. In FP8 masters are quantised where they lie if
+    that falls on blocks and otherwise gathered for it, once a step; codes are gathered forward, and
+    again where attention is computed again, and transposed codes backward.
     """
     often = setup.accumulation if setup.scheme.zero == 3 else 1
     if weight.leaf in WHOLE:
         return [(4, often)]
     if is_fp8(setup) and weight.leaf != "router_ED":
+        shape = weight.shape[-len(weight.letters) :]
+        in_place = falls_on_blocks(weight.letters, shape, setup.mesh)
+        masters = [] if in_place else [(4, 1)]
+        if setup.scheme.zero == 1:
+            return [(1, 2)] if in_place else masters
         again = "N" in weight.letters and setup.run.remat != "none"
-        return [(4, 1)] + ([(1, (2 + again) * often)] if setup.scheme.zero == 3 else [])
+        return [*masters, (1, (2 + again) * often)]
     if setup.scheme.zero == 1 or not weight.name.startswith(("dense.", "moe.")):
         return [(4, often)]
     cast = itemsize(setup) if weight.leaf != "router_ED" else 4
