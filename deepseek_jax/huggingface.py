@@ -83,10 +83,17 @@ def load_leaf(checkpoint: Checkpoint, path, leaf, mesh, *, allow_nan: bool) -> A
 def load_array(
     checkpoint: Checkpoint, path: str, dtype, sharding, *, allow_nan: bool = False
 ) -> jax.Array:
-    """One of our arrays, made shard by shard."""
+    """One of our arrays; no more than one shard of it is on the host at a time."""
     shape = checkpoint.array_shape(path)
-    fill = lambda index: checkpoint.fill(path, index, np.dtype(dtype), allow_nan=allow_nan)
-    return jax.make_array_from_callback(shape, sharding, fill)
+    shards: list[jax.Array] = []
+    last: tuple[Any, Any] = (None, None)
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        index = index or ()
+        if last[0] != index:
+            last = None, None  # leaves the host before the next one is made
+            last = index, checkpoint.fill(path, index, np.dtype(dtype), allow_nan=allow_nan)
+        shards.append(jax.block_until_ready(jax.device_put(last[1], device)))
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
 def dotted(path) -> str:
