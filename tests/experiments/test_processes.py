@@ -255,3 +255,38 @@ def test_a_killed_process_ends_the_run_within_a_minute_and_it_resumes(tmp_path, 
     assert resumed.wait(timeout=1200) == 0, resumed.stderr.read()
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, last + 3))
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_the_same_step_in_all_processes(tmp_path, text):
+    run = tmp_path / "run"
+    words = runs.launch_words(run, text, "--mesh", "expert=8", "--processes", "2",
+                              settings=(*IMPOSED, "checkpoint_every=100000"), steps=100_000)
+    process = start(words, 4)
+    metrics = run / "metrics.jsonl"
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (130, "")
+    (saved,) = [int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit()]
+    assert f"saved after step {saved} of 100000; go on with: " in out
+    assert len(metrics.read_text().splitlines()) == saved
+
+
+@pytest.mark.slow
+def test_hosts_with_different_configurations_are_refused_by_the_field(tmp_path, text):
+    group, started = places(2), []
+    for place, steps in zip(group, (3, 4), strict=True):
+        words = runs.launch_words(tmp_path / "run", text, "--mesh", "expert=8", settings=IMPOSED,
+                                  steps=steps)
+        started.append(subprocess.Popen(
+            [sys.executable, "-m", "experiments", *words], cwd=runs.ROOT,
+            env={**environment(4), processes.PROCESS: str(place)}, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
+        ))
+    for process in started:
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 2
+        assert "processes 0 and 1 have different configurations (steps: 3 -> 4; " in err
