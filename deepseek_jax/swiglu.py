@@ -63,9 +63,9 @@ def _swiglu_product_fp8(accumulate, gate_MF, up_MF, weight_M, target, blocks, gr
 
 
 def _fwd(accumulate, gate_MF, up_MF, weight_M, target, blocks, group_sizes_G):
-    y_MD = _swiglu_product_fp8(accumulate, gate_MF, up_MF, weight_M, target, blocks, group_sizes_G)
     counts_m = real_rows(group_sizes_G, gate_MF.shape[0])
-    tiles = (quantize_tiles(x_MF, counts_m=counts_m) for x_MF in (gate_MF, up_MF))
+    hidden, *tiles = swiglu_tiles(gate_MF, up_MF, weight_M, counts_m=counts_m, keep=True)
+    y_MD = multiply(hidden, blocks, group_sizes_G)
     kept = tuple(fp8.kept_as("ffn_hidden", *fp8.per_token(x, gate_MF.shape[:1])) for x in tiles)
     saved = fp8.as_bytes((kept, blocks))
     return y_MD, (saved_target(target, accumulate), saved, weight_M, group_sizes_G)
