@@ -136,6 +136,9 @@ def step_work(setup: Setup) -> list[Work]:
     found = []
     for part, forward in forward_flops(setup).items():
         times = 1.0 + BACKWARD_OVER_FORWARD + again.get(part, 0.0)
+        if part == "attention core" and fp8 and run.remat in ("paper", "attention"):
+            # FP8 keeps the softmax's sums too, BF16 its output alone.
+            times -= 1.0
         if part == "MTP":
             times += again.get("attention", 0.0)
         total = forward * times * setup.accumulation

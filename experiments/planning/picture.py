@@ -47,7 +47,8 @@ def draw(points: Sequence[Point], path: Path, *, title: str, memory_gib: float) 
                   markersize=4, linewidth=1.4, label="Pareto front")  # fmt: skip
         for point in {front[0], front[-1]}:
             axes.annotate(point.label, (point.gib, point.seconds), fontsize=8, color=INK,
-                          xytext=(4, 6), textcoords="offset points")  # fmt: skip
+                          xytext=(4, 8), textcoords="offset points",
+                          bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5})  # fmt: skip
     axes.axvline(memory_gib, color=INK, linewidth=0.8, linestyle="--")
     axes.set_xscale("log")
     axes.set_yscale("log")
