@@ -120,6 +120,12 @@ COMMANDS = {
         "loss and bytes of each format in which experts' results travel",
         "tiny --steps 200",
     ),
+    "bench accumulation": Command(
+        "experiments.bench.accumulation",
+        "bench_accumulation",
+        "errors of FP8 sums on this GPU beside the bit-level model of its accumulator",
+        "",
+    ),
     "bench tune": Command(
         "experiments.bench.tune",
         "bench_tune",
