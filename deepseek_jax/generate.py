@@ -143,9 +143,9 @@ def generate(
 
 def generate_with_report(model: Model, prompt_BT, **options) -> tuple[np.ndarray, Report]:
     """As `generate`, and what it took."""
-    text = _Text(model, prompt_BT, **options)
-    tokens_BS, length_B, _ = text.advance(ALL_STEPS)
-    return text.new_tokens(tokens_BS, length_B), text.report()
+    text = Text(model, prompt_BT, **options)
+    tokens_BS, length_B, _ = text.advance()
+    return text.new_tokens(tokens_BS, length_B), text.report
 
 
 class Stream:
@@ -155,7 +155,7 @@ class Stream:
     """
 
     def __init__(self, model: Model, prompt_BT, **options):
-        self._text = _Text(model, prompt_BT, **options)
+        self._text = Text(model, prompt_BT, **options)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         text, shown = self._text, 0
@@ -173,10 +173,10 @@ class Stream:
     @property
     def report(self) -> Report:
         """What the tokens so far took."""
-        return self._text.report()
+        return self._text.report
 
 
-class _Text:
+class Text:
     """A generation in progress, seen from the host."""
 
     def __init__(
@@ -197,8 +197,8 @@ class _Text:
         # Inside a scope the mesh and its use are given.
         self._mesh = None if current_mesh() is not None else mesh
         # No token is -1: so few programs serve any number of stop tokens.
-        self._stop = np.full((-(-max(len(stop), 1) // 8) * 8,), -1, np.int32)
-        self._stop[: len(stop)] = stop
+        self.stop_N = np.full((-(-max(len(stop), 1) // 8) * 8,), -1, np.int32)
+        self.stop_N[: len(stop)] = stop
         self._depth = config.num_mtp if draft else 0
         self.max_new_tokens, self.pad = max_new_tokens, pad
         longest = int(self.lengths_B.max())
@@ -207,23 +207,23 @@ class _Text:
         tokens_BS[:, : prompt_BT.shape[1]] = prompt_BT
         format = model.precision.activations if cache_format is None else cache_format
         begin = _begin(tokens_BS.shape, config, format, draft, model.dtype, mesh)
-        self._state = begin(
+        self.state = begin(
             tokens_BS, self.lengths_B, self.lengths_B + np.int32(max_new_tokens),
             jax.random.key(0) if key is None else key,
         )  # fmt: skip
-        self._cache_bytes = self._state.cache.num_bytes
+        self._cache_bytes = self.state.cache.num_bytes
         if draft:
-            self._cache_bytes += self._state.ahead.cache.num_bytes
+            self._cache_bytes += self.state.ahead.cache.num_bytes
         # The last token of a prompt is read by the first step.
         for begin in range(0, longest - 1, chunk_width(capacity)):
-            self._state = _prefill(model, self._state, np.int32(begin), mesh=self._mesh)
+            self.state = _prefill(model, self.state, np.int32(begin), mesh=self._mesh)
 
-    def advance(self, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def advance(self, steps: int = ALL_STEPS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens, lengths and which texts are done after up to so many steps."""
-        self._state, seen = _advance(
-            self._model, self._state, self._sampling, self._stop, np.int32(steps), mesh=self._mesh
+        self.state, seen = _advance(
+            self._model, self.state, self._sampling, self.stop_N, np.int32(steps), mesh=self._mesh
         )
-        lost = int(self._state.lost)
+        lost = int(self.state.lost)
         if lost:
             raise ValueError(
                 f"dispatch had no room for {lost} choices of experts: decode fewer texts at once"
@@ -236,8 +236,9 @@ class _Text:
         new_BN = np.take_along_axis(tokens_BS, at_BN, axis=1)
         return np.where(at_BN < length_B[:, None], new_BN, np.int32(self.pad))
 
+    @property
     def report(self) -> Report:
-        state = self._state
+        state = self.state
         return Report(
             tokens=int((np.asarray(state.length_B) - self.lengths_B).sum()),
             steps=int(state.steps),

@@ -72,6 +72,12 @@ COMMANDS = {
         "tokens/s of generation, beside the memory's limit or transformers",
         "peer --batch 1 128 --precision bf16",
     ),
+    "bench draft": Command(
+        "experiments.bench.draft",
+        "bench_draft",
+        "drafting with MTP modules: tokens unchanged, acceptance, speed, as a plot",
+        "runs/tiny --out runs/draft.png",
+    ),
     "bench train": Command(
         "experiments.bench.train",
         "bench_train",

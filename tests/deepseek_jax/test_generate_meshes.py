@@ -10,7 +10,7 @@ import pytest
 import deepseek_jax as ds
 from deepseek_jax import training
 from deepseek_jax.decoding import decode
-from deepseek_jax.generate import _Text
+from deepseek_jax.generate import Text
 from deepseek_jax.latent_cache import empty_cache
 from sharding import make_mesh
 from sharding.placement import store_shardings, under_mesh
@@ -75,7 +75,7 @@ def test_logits_are_those_of_one_device(prompt_BT, axes, relative_error, limits)
 
 def test_the_cache_is_cut_over_the_batch(prompt_BT):
     mesh = make_mesh(expert=4, tensor=2)
-    text = _Text(make_model(mesh), prompt_BT[:, :1], max_new_tokens=4, draft=True)
-    for cache in text._state.cache, text._state.ahead.cache:
+    text = Text(make_model(mesh), prompt_BT[:, :1], max_new_tokens=4, draft=True)
+    for cache in text.state.cache, text.state.ahead.cache:
         array = cache.latent_LBSY
         assert array.sharding.shard_shape(array.shape)[1] == 2

@@ -1,0 +1,133 @@
+"""`bench draft`: what drafting with MTP modules gives on a run's validation text."""
+
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import tyro
+
+from deepseek_jax.decoding import advance
+from deepseek_jax.generate import Text
+from deepseek_jax.model import Model
+from deepseek_jax.sampling import Sampling
+from experiments.eval import load_run, recorded_shards, trained_model
+from experiments.run_directory import RunDirectory
+from experiments.tables import print_table
+
+# Of DeepSeek-V3 with one module (ISCA, section 2.3.3).
+PAPER_ACCEPTANCE = (0.8, 0.9)
+PAPER_SPEED_UP = 1.8
+
+
+@dataclass(frozen=True)
+class BenchDraftArgs:
+    """Greedy texts with and without drafts: the same tokens, acceptance, speed."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Directory of a run whose model has MTP modules."""
+    prompts: int = 100
+    """Prompts from the validation text, of 8 to 48 tokens."""
+    new: int = 64
+    """New tokens of each text."""
+    timed: int = 8
+    """Prompts that are also timed one by one."""
+    out: Path | None = None
+    """Also draw the figures beside the paper's, to this file."""
+    json: Path | None = None
+    """Also write the table to this file."""
+
+
+def bench_draft(args: BenchDraftArgs) -> None:
+    """Prints one row, and draws it."""
+    directory = RunDirectory(args.run)
+    model = trained_model(*load_run(directory))
+    prompt_BT, lengths_B = prompts(directory, args.prompts)
+    rows = figures(model, prompt_BT, lengths_B, args)
+    print_table([rows], title=f"bench draft {args.run}", json_path=args.json)
+    if args.out is not None:
+        draw(rows, args.out)
+        print(f"drawn to {args.out}")
+
+
+def prompts(directory: RunDirectory, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Stretches of the validation text and their lengths."""
+    split = recorded_shards(directory).validation
+    if split.num_tokens < 49:
+        raise ValueError(f"{directory.path} has {split.num_tokens} tokens of validation text: "
+                         "drafting is measured on at least 49")  # fmt: skip
+    starts = np.linspace(0, split.num_tokens - 49, count).astype(int)
+    prompt_BT = np.stack([split.read(int(start), int(start) + 48) for start in starts])
+    return prompt_BT, np.random.default_rng(0).integers(8, 49, count)
+
+
+def figures(model: Model, prompt_BT, lengths_B, args: BenchDraftArgs) -> dict[str, Any]:
+    """Tokens compared on all prompts; times of one text at a time."""
+    texts = {}
+    for draft in (False, True):
+        text = Text(model, prompt_BT, lengths_B=lengths_B, max_new_tokens=args.new, draft=draft)
+        texts[draft] = text.new_tokens(*text.advance()[:2]), text.report
+    seconds = {False: 0.0, True: 0.0}
+    for row in range(min(args.timed, len(prompt_BT))):
+        for draft in (False, True):
+            seconds[draft] += fastest(
+                model, prompt_BT[row : row + 1], lengths_B[row : row + 1], args.new, draft
+            )
+    cost = step_seconds(model, prompt_BT[:1], draft=True) / step_seconds(
+        model, prompt_BT[:1], draft=False
+    )
+    report = texts[True][1]
+    return {
+        "same_texts": int((texts[False][0] == texts[True][0]).all(axis=1).sum()),
+        "texts": len(prompt_BT),
+        "acceptance": report.acceptance,
+        "tokens_per_step": report.tokens_per_step,
+        "cost_of_a_step": cost,  # 1 + c: draft and verification over a plain step
+        "expected_speed_up": report.tokens_per_step / cost,
+        "speed_up": seconds[False] / seconds[True],
+    }
+
+
+def fastest(model: Model, prompt_BT, lengths_B, new: int, draft: bool) -> float:
+    """Seconds of the new tokens of one text, the prompt read before; the best of three."""
+    best = float("inf")
+    for _ in range(3):
+        text = Text(model, prompt_BT, lengths_B=lengths_B, max_new_tokens=new, draft=draft)
+        began = time.perf_counter()
+        text.advance()
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+def step_seconds(model: Model, prompt_BT, *, draft: bool) -> float:
+    """Seconds of a single step, apart from any text's: the median of many."""
+    room = model.config.max_length - prompt_BT.shape[1]
+    text = Text(model, prompt_BT, max_new_tokens=min(128, room), draft=draft)
+    step = jax.jit(lambda model, state: advance(model, state, Sampling(), text.stop_N, 1))
+    seconds = []
+    for _ in range(30):
+        began = time.perf_counter()
+        jax.block_until_ready(step(model, text.state))
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[5:])
+
+
+def draw(row: dict[str, Any], path: Path) -> None:
+    """Acceptance and speed-up beside those of V3, which a tiny model is not expected to reach."""
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3), layout="constrained")
+    left.bar(["this model"], [row["acceptance"]], color="tab:blue")
+    left.axhspan(*PAPER_ACCEPTANCE, color="tab:gray", alpha=0.4, label="V3, in the paper")
+    left.set(ylim=(0, 1), title="drafts accepted")
+    left.legend(loc="lower right")
+    right.bar(["measured", "(1 + p) / (1 + c)"], [row["speed_up"], row["expected_speed_up"]],
+              color=["tab:blue", "tab:cyan"])  # fmt: skip
+    right.axhline(PAPER_SPEED_UP, color="tab:gray", label="V3, in the paper")
+    right.set(ylim=(0, 2), title="speed-up at batch 1")
+    right.legend(loc="lower right")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
