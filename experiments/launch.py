@@ -74,7 +74,7 @@ class LaunchArgs(MeshArgs):
     tokenizer: str | None = None
     """A tokenizer.json; otherwise one is trained on the data."""
     precision: str | None = None
-    """fp32 or bf16."""
+    """fp32, bf16 or fp8."""
     combine: str | None = None
     """bf16, logfmt8 or logfmt10: what experts' results travel in to other devices."""
     set: tuple[str, ...] = ()

@@ -29,7 +29,7 @@ class BenchTrainArgs(MeshArgs):
     recipe: Annotated[str, tyro.conf.Positional] = "peer"
     """Name of the recipe."""
     precision: str | None = None
-    """fp32 or bf16; the recipe's by default."""
+    """fp32, bf16 or fp8; the recipe's by default."""
     batch: int | None = None
     """Sequences per step; the recipe's micro-batch by default."""
     remat: str | None = None

@@ -11,7 +11,9 @@ import pytest
 
 import deepseek_jax as ds
 from deepseek_jax import fp8, training
+from experiments import recipes
 from experiments.explain import on_device
+from sharding import AXES
 from tests.configs import WIDE, make_batch, make_run
 
 CONFIG = dataclasses.replace(WIDE, num_layers=3, num_mtp=0)
@@ -178,3 +180,35 @@ def test_what_is_kept_for_backward_is_fp8_and_e5m6(program):
         scales = {shape for shape, dtype in kept if dtype == F32}
         heads = (count, B, CONFIG.num_heads, T)
         assert all(shape[-1] <= 3 or shape == heads for shape in scales), scales
+
+
+def kept_bytes(precision):
+    """Bytes that the layers of the peer-sized step keep for the backward pass."""
+    run = dataclasses.replace(
+        recipes.peer(), precision=ds.Precision.of(precision), remat="paper"
+    )
+    shape = (run.micro_batch, run.seq_len, run.config.model_dim)
+    batch = {"tokens": jax.ShapeDtypeStruct((1, run.micro_batch, run.seq_len + 1), jnp.int32)}
+    step = lambda state, batch: training.accumulate(run, state, batch, jnp.float32(0.3))
+    with on_device("h200"):
+        traced = jax.jit(step).trace(training.abstract_state(run), batch)
+    layers = [call for call in calls(traced.jaxpr)
+              if call.name == "scan" and not call.equation.params["reverse"]
+              and (call.results[0].shape, call.results[0].dtype) == (shape, BF16)]
+    assert len(layers) == 2
+    return sum(math.prod(a.shape) * a.dtype.itemsize for call in layers for a in call.results[1:])
+
+
+@pytest.mark.slow
+def test_the_peer_sized_step_keeps_two_thirds_of_the_bytes_of_bf16():
+    assert kept_bytes("fp8") <= 0.65 * kept_bytes("bf16")
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA A100", "TPU v5p"])
+def test_a_device_without_kernels_is_refused_by_name(kind):
+    platform = "tpu" if "TPU" in kind else "gpu"
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=108, platform=platform)
+    mesh = jax.sharding.AbstractMesh((1,) * len(AXES), AXES, abstract_device=device)
+    step = lambda state: training.accumulate(RUN, state, make_batch(RUN), jnp.float32(0.3))
+    with jax.sharding.use_abstract_mesh(mesh), pytest.raises(NotImplementedError, match=kind):
+        jax.eval_shape(step, STATE)
