@@ -35,16 +35,18 @@ def row_tiles(starts_G, padded_G, num_rows: int, rows: int) -> tuple[jax.Array, 
 
     A group is cut evenly: a warpgroup alone in a tile would hide nothing.
     """
-    num_groups = starts_G.shape[0]
     slices_G, tiles_G = padded_G // 64, (padded_G + (rows - 1)) // rows
-    ends_G = jnp.cumsum(tiles_G, dtype=jnp.int32)
-    tile = jnp.arange(num_rows // rows + num_groups, dtype=jnp.int32)
-    group = jnp.searchsorted(ends_G, tile, side="right").astype(jnp.int32)
-    group = jnp.minimum(group, num_groups - 1)
-    local = tile - (ends_G - tiles_G)[group]
-    count = jnp.maximum(tiles_G, 1)[group]
+    group_G = jnp.arange(starts_G.shape[0], dtype=jnp.int32)
+    # Sums over comparisons, not scans and searches: XLA makes fewer kernels of them.
+    earlier_GG = group_G[None] < group_G[:, None]
+    before_G = jnp.sum(jnp.where(earlier_GG, tiles_G[None], 0), axis=1, dtype=jnp.int32)
+    tile = jnp.arange(num_rows // rows + len(group_G), dtype=jnp.int32)
+    begun = (before_G[None] <= tile[:, None]) & (tiles_G > 0)[None]
+    group = jnp.max(jnp.where(begun, group_G[None], 0), axis=1)
+    local, count = tile - before_G[group], jnp.maximum(tiles_G, 1)[group]
     cut = lambda tile: 64 * block_scaled.starts_of(slices_G[group], count, tile)
-    return starts_G[group] + cut(local), group, starts_G[group] + cut(local + 1), ends_G[-1:]
+    used = jnp.sum(tiles_G, dtype=jnp.int32, keepdims=True)
+    return starts_G[group] + cut(local), group, starts_G[group] + cut(local + 1), used
 
 
 @functools.partial(jax.jit, static_argnames=("tiles", "cores", "out_dtype", "interpret"))
