@@ -1,16 +1,12 @@
 """`launch`: trains a recipe, from text on disk to a report one can read."""
 
-import contextlib
 import dataclasses
 import hashlib
-import io
-import json
 import platform
 import shlex
 import sys
 import tempfile
 import time
-import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,18 +16,12 @@ import numpy as np
 import tyro
 
 from deepseek_jax.checkpoint import Checkpoints
-from deepseek_jax.config import (
-    Precision,
-    Run,
-    Schedule,
-    differing_fields,
-    from_json,
-    to_json,
-)
+from deepseek_jax.config import Precision, Run, to_json
 from deepseek_jax.counts import param_counts
 from deepseek_jax.generate import Stream
 from deepseek_jax.training import TrainState
-from experiments import processes
+from experiments import agreement, processes
+from experiments.assignments import assigned
 from experiments.command_line import program
 from experiments.data import TokenShards, is_shards, prepare, text_bytes
 from experiments.data.tokenizer import Tokenizer
@@ -117,13 +107,13 @@ def launch(args: LaunchArgs) -> None:
 def run_here(args: LaunchArgs, aside: Path) -> None:
     """Prepares data, trains, scores the validation text, samples and writes the report."""
     run, name, directory = plan(args)
-    agree_on_configuration(run)
+    agreement.on_configuration(run)
     if not processes.is_first():
         directory = RunDirectory(directory.path, aside=aside)
     devices = devices_of(args, run, batch=run.micro_batch)
     with processes.first_before_others("data"):
         shards = training_tokens(run, directory, resume=args.resume)
-    agree_on_data(shards)
+    agreement.on_data(shards)
     source = batch_source(run, shards)
     checkpoints = Checkpoints(directory.checkpoints, keep=run.keep_checkpoints)
     imported = recorded_import(args, directory)
@@ -187,30 +177,6 @@ def plan(args: LaunchArgs) -> tuple[Run, str, RunDirectory]:
     return run, name, RunDirectory(processes.texts(str(path))[0])
 
 
-def agree_on_configuration(run: Run) -> None:
-    """Raises a ValueError that names the field in which two hosts' runs differ."""
-    for other, text in enumerate(processes.texts(json.dumps(to_json(run)))):
-        first = json.loads(text) if other == 0 else first
-        lines = differing_fields(from_json(Run, first), from_json(Run, json.loads(text)))
-        if lines:
-            raise ValueError(
-                f"processes 0 and {other} have different configurations ({'; '.join(lines)}): "
-                "start all with the same command and version"
-            )
-
-
-def agree_on_data(shards: TokenShards) -> None:
-    """Raises a ValueError that names two hosts' data when they differ."""
-    found = processes.texts(f"corpus {shards.corpus_hash[:12]}, tokenizer "
-                            f"{shards.tokenizer_hash[:12]}, {shards.train.num_tokens} tokens")
-    for other, text in enumerate(found):
-        if text != found[0]:
-            raise ValueError(
-                f"processes 0 and {other} have different data ({found[0]}; {text}): give all the "
-                "same files, best on a shared disk"
-            )
-
-
 def recorded_import(args: LaunchArgs, directory: RunDirectory) -> str | None:
     """The released weights that the run started from."""
     if args.resume:
@@ -269,54 +235,7 @@ def override(run: Run, args: LaunchArgs) -> Run:
         precision = changes.get("precision", run.precision)
         changes["precision"] = dataclasses.replace(precision, combine=args.combine)
     run = dataclasses.replace(run, **changes)
-    assignments = {}
-    for assignment in args.set:
-        field, equals, text = assignment.partition("=")
-        if not equals:
-            raise ValueError(f"--set {assignment!r} must be FIELD=VALUE")
-        assignments[field.replace("-", "_")] = text
-    return replace_fields(run, assignments)
-
-
-def replace_fields(value: Any, assignments: dict[str, str], where: str = "") -> Any:
-    """A dataclass with fields, named by dotted paths, parsed from text.
-
-    All are put in place before sizes are checked against each other, so their order is free.
-    """
-    kinds = typing.get_type_hints(type(value))
-    changes: dict[str, Any] = {}
-    inner: dict[str, dict[str, str]] = {}
-    for field, text in assignments.items():
-        name, dot, rest = field.partition(".")
-        if name not in kinds:
-            raise ValueError(
-                f"unknown field {where}{field}: {type(value).__name__} has {', '.join(kinds)}"
-            )
-        if dot:
-            inner.setdefault(name, {})[rest] = text
-        else:
-            changes[name] = parse_value(kinds[name], text, f"{where}{field}")
-    for name, below in inner.items():
-        current = changes.get(name, getattr(value, name))
-        if not dataclasses.is_dataclass(current):
-            raise ValueError(f"field {where}{name} is {current!r} and has no {', '.join(below)}")
-        changes[name] = replace_fields(current, below, f"{where}{name}.")
-    return dataclasses.replace(value, **changes)
-
-
-def parse_value(kind: Any, text: str, field: str) -> Any:
-    """Text as a value of a field's type; a number for a Schedule is a constant one."""
-    if kind is Precision:
-        return Precision.of(text)
-    try:
-        if kind is Schedule:
-            return Schedule.constant(float(text))
-        # tyro prints a box of several lines before it gives up; the error below says it in one.
-        with contextlib.redirect_stderr(io.StringIO()):
-            return tyro.cli(kind, args=[text])
-    except (ValueError, SystemExit) as error:
-        shown = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
-        raise ValueError(f"{field}={text!r} is not a {shown}") from error
+    return assigned(run, args.set)
 
 
 def describe(
