@@ -201,7 +201,7 @@ def flop_rows(chosen: Setup) -> list[dict[str, Any]]:
         main = count(causal, False)
         for what, flops in (("main model", main), ("MTP", count(causal, True) - main)):
             each = flops * chosen.step_tokens / chosen.cluster.devices
-            rows.append({"of": what, "counted with": label, "GFLOP a token": f"{flops / 1e9:.2f}",
+            rows.append({"of": what, "counted with": label, "GFLOP a token": f"{flops / 1e9:.5g}",
                          "TFLOP a device and step": each / 1e12})  # fmt: skip
     return rows
 
