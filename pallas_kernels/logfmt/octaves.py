@@ -28,7 +28,9 @@ def extremes(low: Float[Array, "..."], high: Float[Array, "..."]):
     Both are 0 if high is, and NaN if high is not finite in BF16. `low` may be infinite for zeros.
     """
     round_ = lambda x: _float(_bits(x) + jnp.uint32(0x8000) & jnp.uint32(0xFFFF0000))
-    low, high = round_(jnp.minimum(low, high)), round_(high)
+    # Rounding may carry a NaN's bits, all ones on a GPU, over into the sign.
+    infinite = jnp.full_like(high, jnp.inf)
+    low, high = round_(jnp.minimum(low, high)), jnp.where(high < jnp.inf, round_(high), infinite)
     low = jnp.maximum(jnp.maximum(low, high * jnp.float32(INVERSE_RANGE)), jnp.float32(TINY))
     nan, zero = jnp.float32(jnp.nan), jnp.float32(0)
     high = jnp.where(high < TINY, zero, high)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.logfmt import LogFMT, decode_logfmt, encode_logfmt, reference
+from pallas_kernels.logfmt.octaves import extremes, octaves
 from pallas_kernels.quantize_fp8 import quantize_tiles
 from pallas_kernels.quantize_fp8.reference import decode_tiles
 from tests.pallas_kernels.lowering import A100, TPU, on
@@ -162,6 +163,25 @@ def test_what_is_not_finite_makes_its_tile_nan(poison):
     bad_MK = np.zeros((4, 256), bool)
     bad_MK[2, 128:] = True
     np.testing.assert_array_equal(np.isnan(values_MK), bad_MK)
+
+
+def test_extremes_are_rounded_to_bf16_and_any_nan_stays_one():
+    bits = np.array([0x7FFFFFFF, 0x7FC00000, 0xFFFFFFFF, 0x7F800000], np.uint32)
+    for low in (jnp.full(4, 1.0), jnp.asarray(bits.view(np.float32))):
+        for found in extremes(low, jnp.asarray(bits.view(np.float32))):
+            assert np.isnan(found).all()
+    low, high = extremes(jnp.float32(1.001), jnp.float32(2.9961))
+    assert (float(low), float(high)) == (1.0, 3.0)
+    assert [float(x) for x in extremes(jnp.float32(jnp.inf), jnp.float32(0))] == [0, 0]
+
+
+def test_octaves_are_logarithms_of_bf16_numbers():
+    rng = np.random.default_rng(0)
+    low, high = (2.0 ** rng.uniform(-100, 100, 4096) for _ in range(2))
+    low, high = (x.astype(ml_dtypes.bfloat16).astype(np.float32) for x in (low, high))
+    found = np.asarray(octaves(jnp.asarray(low), jnp.asarray(high)))
+    np.testing.assert_allclose(found, np.log2(float64(high) / float64(low)), atol=4e-5)
+    np.testing.assert_array_equal(octaves(jnp.asarray(low), jnp.asarray(low)), 0)
 
 
 def test_decoded_values_are_rounded_once():
