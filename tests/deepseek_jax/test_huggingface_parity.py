@@ -122,3 +122,25 @@ def test_stored_outputs_are_small_and_cover_biases_of_both_signs():
     assert cases.FILE.stat().st_size < 5_000_000
     biases = [v for name in cases.CASES for k, v in cases.tensors(name, 0).items() if "bias" in k]
     assert min(map(np.min, biases)) < -0.1 and max(map(np.max, biases)) > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
+@pytest.mark.parametrize("name", ["mscales-eps", "v2-groups", "one-mscale"])
+@pytest.mark.parametrize("format", ["fp32", "bf16"])
+def test_transformers_reads_our_exports(name, format, tmp_path, relative_error, limits):
+    import torch
+
+    from tests.parity.make_golden import load
+
+    folder = cases.write_checkpoint(name, int(golden(name)["seed"]), tmp_path / "in")
+    model = ds.load_huggingface(folder)
+    ds.save_huggingface(model, tmp_path / "out", format=format)
+    tokens_BT = golden(name)["tokens"]
+    with torch.no_grad():
+        theirs = load(tmp_path / "out", cases.CASES[name][0])(torch.from_numpy(tokens_BT).long())
+    ours = jax.jit(lambda model: model(tokens_BT)[0])(ds.load_huggingface(tmp_path / "out"))
+    assert relative_error(theirs.logits.numpy(), ours) < limits["fp32"].value
+    if format == "fp32":
+        # Rounded weights may choose other experts.
+        assert relative_error(theirs.logits.numpy(), golden(name)["logits"]) < limits["fp32"].value
