@@ -147,6 +147,8 @@ class Precision:
     moments: Literal["fp32", "bf16"] = "fp32"
     # In which experts' results go back to other devices; bf16: as activations are.
     combine: Literal["bf16", "logfmt8", "logfmt10"] = "bf16"
+    # Of FP8 products: None for the kernels of the device, or what runs on any, slowly.
+    implementation: Literal["reference"] | None = None
 
     def __post_init__(self):
         if self.combine not in COMBINE:

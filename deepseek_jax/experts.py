@@ -86,10 +86,14 @@ def results_format(combine: str) -> Results:
     return in_logfmt
 
 
-def to_tokens(y_MD: Float[Array, "M D"], path: Path, quantized: bool) -> Float[Array, "T D"]:
+def to_tokens(y_MD: Float[Array, "M D"], path: Path, w_down: Weight) -> Float[Array, "T D"]:
     """Sums each token's rows in BF16; in FP8 the gradients go the other way as codes and scales."""
-    if not quantized:
+    if not isinstance(w_down, QuantizedWeight):
         return combine(y_MD, path)
-    encode = lambda g_TD: fp8.per_token(quantize_tiles(g_TD, power_of_two=True), g_TD.shape[:1])
+
+    def encode(g_TD):
+        tiles = quantize_tiles(g_TD, power_of_two=True, implementation=w_down.implementation)
+        return fp8.per_token(tiles, g_TD.shape[:1])
+
     decode = lambda sent: fp8.decode_tiles(*sent, y_MD.shape[-1])
     return combine(y_MD, path, Wire(encode, decode))

@@ -41,12 +41,14 @@ class QuantizedWeight:
 
     target has the matrix's shape and is not read: its cotangent is the gradient of the matrix, in
     FP32. It is the master; or, to `accumulate`, the sum so far, and then the cotangent is that sum
-    plus the gradient.
+    plus the gradient. `implementation` is that of its products: None for the device's kernels, or
+    "reference".
     """
 
     target: jax.Array
     blocks: Blocks
     accumulate: bool = dataclasses.field(default=False, metadata={"static": True})
+    implementation: str | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -110,7 +112,9 @@ def sides(letters: str) -> tuple[str, str, str]:
     return lead, rest[:outputs], rest[outputs:]
 
 
-def quantize_weight(master: jax.Array, letters: str, *, axes: int = 0) -> QuantizedWeight:
+def quantize_weight(
+    master: jax.Array, letters: str, *, axes: int = 0, implementation: str | None = None
+) -> QuantizedWeight:
     """The weight, quantised; `axes` leading dimensions (stacked layers) come before the letters.
 
     Rows of zeros fill its outputs up to a multiple of 16, as kernels want. On a mesh each device
@@ -121,10 +125,10 @@ def quantize_weight(master: jax.Array, letters: str, *, axes: int = 0) -> Quanti
     stack, dims = "L" * axes, _block_letters(letters)
     stacked = [stack + part for part in dims]
     if falls_on_blocks(letters, master.shape[axes:]):
-        quantize = functools.partial(_quantize, letters, axes)
+        quantize = functools.partial(_quantize, letters, axes, implementation)
         made = local(quantize, f"{stack}{letters}->{','.join(stacked)}", stored=True)(weight)
     else:
-        quantize = functools.partial(_quantize, letters, 0)
+        quantize = functools.partial(_quantize, letters, 0, implementation)
         layer = lambda w: _shard_codes(local(quantize, f"{letters}->{','.join(dims)}")(w), dims)
         made = jax.lax.map(layer, weight) if axes else layer(weight)
     codes, scale, turned, turned_scale = _shard_codes(made, stacked)
@@ -132,7 +136,8 @@ def quantize_weight(master: jax.Array, letters: str, *, axes: int = 0) -> Quanti
     scales = f"{stacked[1]},{stacked[3]}"
     widen = lambda *scales: tuple(_pad_last(scale, 32) for scale in scales)
     scale, turned_scale = local(widen, f"{scales}->{scales}")(scale, turned_scale)
-    return QuantizedWeight(master, Blocks(codes, scale, turned, turned_scale))
+    blocks = Blocks(codes, scale, turned, turned_scale)
+    return QuantizedWeight(master, blocks, implementation=implementation)
 
 
 def falls_on_blocks(
@@ -149,7 +154,9 @@ def falls_on_blocks(
     return True
 
 
-def _quantize(letters: str, axes: int, w: jax.Array) -> tuple[jax.Array, ...]:
+def _quantize(
+    letters: str, axes: int, implementation: str | None, w: jax.Array
+) -> tuple[jax.Array, ...]:
     """Codes and scales of a piece, and of its transpose, without what is added to scales."""
     lead, outputs, _ = sides(letters)
     split = axes + len(lead)
@@ -157,7 +164,7 @@ def _quantize(letters: str, axes: int, w: jax.Array) -> tuple[jax.Array, ...]:
     flat = w.reshape(-1, _size(rows), _size(w.shape[split + len(outputs) :]))
     n, k = (-(-size // TILE) for size in flat.shape[1:])
     flat = jnp.pad(flat, ((0, 0), (0, -flat.shape[1] % 16), (0, 0)))
-    codes, scale, turned, turned_scale = quantize_blocks(flat)
+    codes, scale, turned, turned_scale = quantize_blocks(flat, implementation=implementation)
     made = codes, scale[..., :k], turned, turned_scale[..., :n]
     return tuple(array.reshape(*head, *array.shape[1:]) for array in made)
 
@@ -171,7 +178,7 @@ def _pad_last(x: jax.Array, multiple: int) -> jax.Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % multiple)])
 
 
-def quantize_weights(params: Any) -> Any:
+def quantize_weights(params: Any, implementation: str | None = None) -> Any:
     """A tree of named parameters with every matrix of the recipe quantised."""
 
     def quantize(path, leaf):
@@ -187,7 +194,7 @@ def quantize_weights(params: Any) -> Any:
             raise ValueError(
                 f"precision 'fp8' needs inputs of a multiple of 16 channels: {where} has {width}"
             )
-        return quantize_weight(leaf, letters, axes=axes)
+        return quantize_weight(leaf, letters, axes=axes, implementation=implementation)
 
     return jax.tree_util.tree_map_with_path(quantize, params)
 
@@ -217,12 +224,15 @@ def plain(weight: jax.Array | QuantizedWeight, dtype: jax.typing.DTypeLike) -> j
 # Activations.
 
 
-def quantize(x: jax.Array, letters: str, *, power_of_two: bool = False) -> Quantized:
+def quantize(
+    x: jax.Array, letters: str, *, power_of_two: bool = False, implementation: str | None = None
+) -> Quantized:
     """Tiles of an activation whose last letter is contracted."""
+    options = dict(power_of_two=power_of_two, implementation=implementation)
 
     def tiles(x):
         flat = x.reshape(-1, x.shape[-1])
-        return per_token(quantize_tiles(flat, power_of_two=power_of_two), x.shape[:-1])
+        return per_token(quantize_tiles(flat, **options), x.shape[:-1])
 
     codes, scale = local(tiles, f"{letters}->{_tile_letters(letters)}")(jax.lax.stop_gradient(x))
     return Quantized(x, codes, scale, power_of_two)
@@ -236,13 +246,14 @@ def quantize_norm(
     *,
     epsilon: float,
     power_of_two: bool = False,
+    implementation: str | None = None,
 ) -> Quantized:
     """Tiles of RMSNorm(x) in one pass over x; `normed` is the same norm for its gradient."""
+    options = dict(power_of_two=power_of_two, implementation=implementation)
 
     def tiles(x, gain):
         flat = x.reshape(-1, x.shape[-1])
-        out = rms_norm_tiles(flat, gain, epsilon=epsilon, power_of_two=power_of_two)
-        return per_token(out, x.shape[:-1])
+        return per_token(rms_norm_tiles(flat, gain, epsilon=epsilon, **options), x.shape[:-1])
 
     signature = f"{letters},{letters[-1]}->{_tile_letters(letters)}"
     codes, scale = local(tiles, signature)(*jax.lax.stop_gradient((x, gain)))
@@ -279,20 +290,23 @@ def kept_as(name: str, codes: jax.Array, scale: jax.Array) -> tuple[jax.Array, j
     return from_bytes(checkpoint_name(as_bytes((codes, scale)), name))
 
 
-def by_rows(x: Quantized | E5M6) -> Tiles:
+def by_rows(x: Quantized | E5M6, implementation: str | None) -> Tiles:
     """Flattened to [M, K], what a product with the weight reads."""
     if isinstance(x, E5M6):
-        width = x.high.shape[-1]
-        return quantize_tiles(decode_e5m6(x, (_rows(x.high), width)), power_of_two=True)
+        x_MK = decode_e5m6(x, (_rows(x.high), x.high.shape[-1]))
+        return quantize_tiles(x_MK, power_of_two=True, implementation=implementation)
     return Tiles(x.codes.reshape(_rows(x.codes), -1), _by_block(x.scale))
 
 
-def by_columns(x: Quantized | E5M6, width: int, counts_m: jax.Array | None = None) -> Tiles:
+def by_columns(
+    x: Quantized | E5M6, width: int, counts_m: jax.Array | None, implementation: str | None
+) -> Tiles:
     """The other operand of the weight gradient: tiles of 128 tokens, again from what is kept."""
+    options = dict(counts_m=counts_m, implementation=implementation)
     if isinstance(x, E5M6):
         x_MK = decode_e5m6(x, (_rows(x.high), width))
-        return quantize_tiles(x_MK, by="columns", power_of_two=True, counts_m=counts_m)
-    return retile(by_rows(x), width, power_of_two=x.power_of_two, counts_m=counts_m)
+        return quantize_tiles(x_MK, by="columns", power_of_two=True, **options)
+    return retile(by_rows(x, implementation), width, power_of_two=x.power_of_two, **options)
 
 
 def decode_tiles(codes: jax.Array, scale: jax.Array, width: int) -> jax.Array:

@@ -55,7 +55,15 @@ def norm_for(
     normed = rms_norm(x, gain, eps)
     if not fp8.is_quantized(reader):
         return normed
-    return fp8.quantize_norm(x, normed, gain, letters, epsilon=eps, power_of_two=power_of_two)
+    return fp8.quantize_norm(
+        x,
+        normed,
+        gain,
+        letters,
+        epsilon=eps,
+        power_of_two=power_of_two,
+        implementation=reader.implementation,
+    )
 
 
 @jax.named_scope("embed")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,8 @@ def linear(signature: str, x: Activation, weight: jax.Array | QuantizedWeight) -
     if not fp8.is_quantized(weight):
         return local(functools.partial(_product, signature), signature)(x, weight)
     if isinstance(x, jax.Array):
-        x = fp8.quantize(x, signature.partition(",")[0])
+        left = signature.partition(",")[0]
+        x = fp8.quantize(x, left, implementation=weight.implementation)
     return fp8.on_shards(functools.partial(_linear_fp8, signature), signature, x, weight)
 
 
@@ -83,30 +85,34 @@ def product_fp8(
     target = jnp.pad(target, [(0, 0)] * len(groups) + [(0, padded_n - n), (0, 0)])
     kept = dataclasses.replace(x, x=None)
     y_MN = _product_fp8(
-        weight.accumulate, x.x.reshape(-1, k), target, kept, weight.blocks, group_sizes_G
+        options_of(weight), x.x.reshape(-1, k), target, kept, weight.blocks, group_sizes_G
     )
     return y_MN[:, :n]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product_fp8(accumulate, x_MK, target, kept, blocks, group_sizes_G):
-    return multiply(fp8.by_rows(kept), blocks, group_sizes_G)
+def _product_fp8(options, x_MK, target, kept, blocks, group_sizes_G):
+    rows = fp8.by_rows(kept, options.implementation)
+    return multiply(rows, blocks, group_sizes_G, options)
 
 
-def _product_fp8_fwd(accumulate, x_MK, target, kept, blocks, group_sizes_G):
-    y_MN = multiply(fp8.by_rows(kept), blocks, group_sizes_G)
+def _product_fp8_fwd(options, x_MK, target, kept, blocks, group_sizes_G):
+    y_MN = _product_fp8(options, x_MK, target, kept, blocks, group_sizes_G)
     saved = fp8.as_bytes((kept, blocks))
-    return y_MN, (saved_target(target, accumulate), saved, group_sizes_G)
+    return y_MN, (saved_target(target, options), saved, group_sizes_G)
 
 
-def _product_fp8_bwd(accumulate, saved, dy_MN):
+def _product_fp8_bwd(options, saved, dy_MN):
     target, codes, group_sizes_G = saved
     kept, blocks = fp8.from_bytes(codes)
     counts_m = real_rows(group_sizes_G, dy_MN.shape[0])
-    dy, dy_columns = quantize_tiles(dy_MN, by="both", counts_m=counts_m)
-    x_columns = fp8.by_columns(kept, blocks.transposed.shape[-2], counts_m)
-    dx_MK = multiply(dy, transposed(blocks), group_sizes_G)
-    dw = weight_gradient(dy_columns, x_columns, group_sizes_G, target, accumulate)
+    implementation = options.implementation
+    dy, dy_columns = quantize_tiles(
+        dy_MN, by="both", counts_m=counts_m, implementation=implementation
+    )
+    x_columns = fp8.by_columns(kept, blocks.transposed.shape[-2], counts_m, implementation)
+    dx_MK = multiply(dy, transposed(blocks), group_sizes_G, options)
+    dw = weight_gradient(dy_columns, x_columns, group_sizes_G, target, options)
     return dx_MK, dw, None, None, None
 
 
@@ -116,11 +122,25 @@ _product_fp8.defvjp(_product_fp8_fwd, _product_fp8_bwd)
 # The three products of FP8 operands, dense or by group.
 
 
-def multiply(a: Tiles, blocks: Blocks, group_sizes_G: jax.Array | None) -> jax.Array:
+class Options(NamedTuple):
+    """How a weight's products are made."""
+
+    accumulate: bool
+    implementation: str | None
+
+
+def options_of(weight: QuantizedWeight) -> Options:
+    return Options(weight.accumulate, weight.implementation)
+
+
+def multiply(
+    a: Tiles, blocks: Blocks, group_sizes_G: jax.Array | None, options: Options
+) -> jax.Array:
     """a @ weight.T in BF16."""
+    operands, chosen = (a, blocks.codes, blocks.scale), options.implementation
     if group_sizes_G is None:
-        return matmul_fp8.matmul(a, blocks.codes, blocks.scale)
-    return grouped_matmul_fp8.by_rows(a, blocks.codes, blocks.scale, group_sizes_G)
+        return matmul_fp8.matmul(*operands, implementation=chosen)
+    return grouped_matmul_fp8.by_rows(*operands, group_sizes_G, implementation=chosen)
 
 
 def transposed(blocks: Blocks) -> Blocks:
@@ -128,20 +148,22 @@ def transposed(blocks: Blocks) -> Blocks:
 
 
 def weight_gradient(
-    dy: Tiles, x: Tiles, group_sizes_G: jax.Array | None, target: jax.Array, accumulate: bool
+    dy: Tiles, x: Tiles, group_sizes_G: jax.Array | None, target: jax.Array, options: Options
 ) -> jax.Array:
     """dy.T @ x in FP32, added to the target where it is an accumulator."""
-    total = target if accumulate else None
+    total, chosen = target if options.accumulate else None, options.implementation
     if group_sizes_G is None:
-        dw = matmul_fp8.weight_gradient(dy, x, total)
+        dw = matmul_fp8.weight_gradient(dy, x, total, implementation=chosen)
     else:
-        dw = grouped_matmul_fp8.by_contraction(dy, x, group_sizes_G, total)
+        dw = grouped_matmul_fp8.by_contraction(
+            dy, x, group_sizes_G, total, implementation=chosen
+        )
     return dw.astype(target.dtype)
 
 
-def saved_target(target: jax.Array, accumulate: bool) -> jax.Array:
+def saved_target(target: jax.Array, options: Options) -> jax.Array:
     """What the backward pass needs of a target: the sum so far, or of a master its dtype alone."""
-    return target if accumulate else jnp.zeros((0,), target.dtype)
+    return target if options.accumulate else jnp.zeros((0,), target.dtype)
 
 
 def real_rows(group_sizes_G: jax.Array | None, num_rows: int) -> jax.Array | None:

@@ -180,7 +180,8 @@ def ready(model: Model) -> Model:
     done = any(map(is_quantized, jax.tree.leaves(weights, is_leaf=is_quantized)))
     if model.precision.matmul != "fp8" or done:
         return model
-    return nnx.merge(graphdef, nnx.State(quantize_weights(weights)), rest)
+    weights = quantize_weights(weights, model.precision.implementation)
+    return nnx.merge(graphdef, nnx.State(weights), rest)
 
 
 def cast_weights(model: Model, format: str) -> None:

@@ -199,7 +199,7 @@ def run_experts(
     weight_M = dispatch_choices(weight_BTK.reshape(B * T, K), path)
     weights = (w_gate_EFD, w_up_EFD, w_down_EDF)
     y_MD = expert_ffn(x_MD, weight_M, weights, path.rows.group_sizes_E, alignment)
-    return to_tokens(y_MD, path, quantized).reshape(B, T, D), path.lost
+    return to_tokens(y_MD, path, w_down_EDF).reshape(B, T, D), path.lost
 
 
 def row_alignment(num_rows: int, num_experts: int) -> int:

@@ -11,6 +11,7 @@ from deepseek_jax.fp8 import QuantizedWeight
 from deepseek_jax.linear import (
     linear,
     multiply,
+    options_of,
     real_rows,
     saved_target,
     transposed,
@@ -51,37 +52,40 @@ def swiglu_product_fp8(
     group_sizes_G: jax.Array | None = None,
 ) -> jax.Array:
     """W_down SwiGLU(gate, up) of rows, those of experts with their routing weights."""
-    return _swiglu_product_fp8(w_down.accumulate, gate_MF, up_MF, weight_M, w_down.target,
+    return _swiglu_product_fp8(options_of(w_down), gate_MF, up_MF, weight_M, w_down.target,
                                w_down.blocks, group_sizes_G)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _swiglu_product_fp8(accumulate, gate_MF, up_MF, weight_M, target, blocks, group_sizes_G):
+def _swiglu_product_fp8(options, gate_MF, up_MF, weight_M, target, blocks, group_sizes_G):
     counts_m = real_rows(group_sizes_G, gate_MF.shape[0])
-    hidden = swiglu_tiles(gate_MF, up_MF, weight_M, counts_m=counts_m)
-    return multiply(hidden, blocks, group_sizes_G)
+    given = dict(counts_m=counts_m, implementation=options.implementation)
+    hidden = swiglu_tiles(gate_MF, up_MF, weight_M, **given)
+    return multiply(hidden, blocks, group_sizes_G, options)
 
 
-def _fwd(accumulate, gate_MF, up_MF, weight_M, target, blocks, group_sizes_G):
+def _fwd(options, gate_MF, up_MF, weight_M, target, blocks, group_sizes_G):
     counts_m = real_rows(group_sizes_G, gate_MF.shape[0])
-    hidden, *tiles = swiglu_tiles(gate_MF, up_MF, weight_M, counts_m=counts_m, keep=True)
-    y_MD = multiply(hidden, blocks, group_sizes_G)
+    given = dict(counts_m=counts_m, implementation=options.implementation)
+    hidden, *tiles = swiglu_tiles(gate_MF, up_MF, weight_M, keep=True, **given)
+    y_MD = multiply(hidden, blocks, group_sizes_G, options)
     kept = tuple(fp8.kept_as("ffn_hidden", *fp8.per_token(x, gate_MF.shape[:1])) for x in tiles)
     saved = fp8.as_bytes((kept, blocks))
-    return y_MD, (saved_target(target, accumulate), saved, weight_M, group_sizes_G)
+    return y_MD, (saved_target(target, options), saved, weight_M, group_sizes_G)
 
 
-def _bwd(accumulate, saved, dy_MD):
+def _bwd(options, saved, dy_MD):
     target, codes, weight_M, group_sizes_G = saved
     kept, blocks = fp8.from_bytes(codes)
     width = blocks.transposed.shape[-2]
     gate_MF, up_MF = (fp8.decode_tiles(codes, scale, width) for codes, scale in kept)
     counts_m = real_rows(group_sizes_G, dy_MD.shape[0])
+    given = dict(counts_m=counts_m, implementation=options.implementation)
     # The gradients of experts' outputs arrive as codes with scales that are powers of two: this
     # finds the same codes again.
     exact = group_sizes_G is not None
-    dy, dy_columns = quantize_tiles(dy_MD, by="both", power_of_two=exact, counts_m=counts_m)
-    dhidden_MF = multiply(dy, transposed(blocks), group_sizes_G)
+    dy, dy_columns = quantize_tiles(dy_MD, by="both", power_of_two=exact, **given)
+    dhidden_MF = multiply(dy, transposed(blocks), group_sizes_G, options)
     if weight_M is None:
         _, gradients = jax.vjp(swiglu, gate_MF, up_MF)
         dgate_MF, dup_MF, dweight_M = (*gradients(dhidden_MF), None)
@@ -89,8 +93,8 @@ def _bwd(accumulate, saved, dy_MD):
         weighted = lambda gate, up, weight: swiglu(gate, up, weight[:, None])
         _, gradients = jax.vjp(weighted, gate_MF, up_MF, weight_M)
         dgate_MF, dup_MF, dweight_M = gradients(dhidden_MF)
-    hidden_columns = swiglu_tiles(gate_MF, up_MF, weight_M, by="columns", counts_m=counts_m)
-    dw = weight_gradient(dy_columns, hidden_columns, group_sizes_G, target, accumulate)
+    hidden_columns = swiglu_tiles(gate_MF, up_MF, weight_M, by="columns", **given)
+    dw = weight_gradient(dy_columns, hidden_columns, group_sizes_G, target, options)
     return dgate_MF, dup_MF, dweight_M, dw, None, None
 
 

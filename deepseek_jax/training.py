@@ -248,7 +248,9 @@ def accumulate(
     In FP8 weights are quantised once, before the micro-batches, and the products that make their
     gradients add them to the sums.
     """
-    weights = quantize_weights(state.params) if run.precision.matmul == "fp8" else state.params
+    weights = state.params
+    if run.precision.matmul == "fp8":
+        weights = quantize_weights(weights, run.precision.implementation)
     tokens, segments = batch["tokens"], batch.get("segments")
     count = tokens.shape[0]
     # Where devices share a weight its gradient is a sum over them, to which nothing may be added

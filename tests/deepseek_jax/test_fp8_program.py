@@ -212,3 +212,12 @@ def test_a_device_without_kernels_is_refused_by_name(kind):
     step = lambda state: training.accumulate(RUN, state, make_batch(RUN), jnp.float32(0.3))
     with jax.sharding.use_abstract_mesh(mesh), pytest.raises(NotImplementedError, match=kind):
         jax.eval_shape(step, STATE)
+
+
+def test_the_reference_runs_anywhere_when_it_is_asked_for(program):
+    precision = dataclasses.replace(RUN.precision, implementation="reference")
+    run = dataclasses.replace(RUN, precision=precision)
+    step = lambda state: training.accumulate(run, state, make_batch(run), jnp.float32(0.3))
+    with on_device("h200"):
+        found = [call.name for call in calls(jax.make_jaxpr(step)(STATE))]
+    assert not set(found) & {call.name for call in program if "fp8" in call.name}
