@@ -19,7 +19,13 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from deepseek_jax.config import Precision
 from deepseek_jax.huggingface_blocks import E4M3, dequantize, quantize
-from deepseek_jax.huggingface_checkpoint import INDEX, SCALE, Checkpoint, open_checkpoint
+from deepseek_jax.huggingface_checkpoint import (
+    INDEX,
+    SCALE,
+    Checkpoint,
+    check_copies,
+    open_checkpoint,
+)
 from deepseek_jax.huggingface_config import config_record
 from deepseek_jax.huggingface_names import Entry, entries
 from deepseek_jax.layers import RoutingBias
@@ -52,6 +58,7 @@ def load_huggingface(
       ValueError: the checkpoint is damaged, or not one of a model of this family.
     """
     checkpoint = open_checkpoint(path)
+    check_copies(checkpoint)
     make = lambda: Model(checkpoint.config, precision=precision, rngs=nnx.Rngs(0))
     graphdef, *states = nnx.split(nnx.eval_shape(make), nnx.Param, RoutingBias)
     loaded = []

@@ -187,6 +187,22 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     return Checkpoint(directory, record, config, tensors, wanted, unused)
 
 
+def check_copies(checkpoint: Checkpoint) -> None:
+    """Raises when a tensor that should repeat the embedding or the head differs from it."""
+    own = {entry.array: checkpoint.source(entry) for entry in checkpoint.entries.values()
+           if not entry.index}  # fmt: skip
+    for name, reason in checkpoint.unused.items():
+        if not reason.startswith("copy of "):
+            continue
+        copy, original = checkpoint.tensors[name], own[reason.removeprefix("copy of ")]
+        same = copy.dtype == original.dtype and copy.shape == original.shape
+        for begin in range(0, copy.shape[0] if same else 0, 4096):
+            rows = slice(begin, begin + 4096)
+            same = same and copy.read(rows).tobytes() == original.read(rows).tobytes()
+        if not same:
+            raise ValueError(f"tensor {name} differs from {original.name}, which it must repeat")
+
+
 def check_places(directory, tensors, wanted, unused, *, quantized: bool, tied: bool) -> None:
     """Raises unless every tensor has a place of its shape and dtype, and every place a tensor."""
     for name, tensor in tensors.items():

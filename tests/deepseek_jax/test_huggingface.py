@@ -318,3 +318,20 @@ def test_weights_of_the_seed_are_the_ones_loaded(tmp_path):
                            strict=True):  # fmt: skip
         np.testing.assert_array_equal(array, wanted[spec.name], err_msg=spec.name)
     assert weights.make_tokens(0, 5, (2,)).max() < 5
+
+
+def test_a_tied_head_may_be_stored_when_it_repeats_the_embedding(tmp_path):
+    folder = cases.write_checkpoint("tied-no-dense", 0, tmp_path / "c")
+    extra = folder / "model-00003-of-00003.safetensors"
+    embedding = cases.tensors("tied-no-dense", 0)["model.embed_tokens.weight"]
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["lm_head.weight"] = extra.name
+    path.write_text(json.dumps(index))
+    spec = [Spec("lm_head.weight", "F32", embedding.shape)]
+    write_file(extra, spec, iter([embedding]))
+    model = ds.load_huggingface(folder)
+    np.testing.assert_array_equal(model.head_VD[...], embedding)
+    write_file(extra, spec, iter([embedding + 1]))
+    with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight"):
+        ds.load_huggingface(folder)
