@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from deepseek_jax import fp8
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.e5m6 import E5M6, decode_e5m6, e5m6_letters, encode_e5m6, to_e5m6
 from deepseek_jax.latent_cache import LatentCache
 from deepseek_jax.layers import norm_for, normal, ones
 from deepseek_jax.linear import Activation, linear
@@ -124,8 +125,8 @@ def expanded(
         inputs, operands = f"{inputs},BT", (*operands, segments_BT)
     if fp8.is_quantized(attention.wo_DNU[...]):
         attend = functools.partial(attend_e5m6, softmax_scale(config))
-        outputs = f"BTNU,{fp8.e5m6_letters('BTNU')}"
-        return fp8.E5M6(*local(attend, f"{inputs}->{outputs}", whole="T")(*operands))
+        outputs = f"BTNU,{e5m6_letters('BTNU')}"
+        return E5M6(*local(attend, f"{inputs}->{outputs}", whole="T")(*operands))
     attend = functools.partial(attend_plain, softmax_scale(config))
     o_BTNU = local(attend, f"{inputs}->BTNU", whole="T")(*operands)
     return checkpoint_name(shard(o_BTNU, "BTNU"), "attention")
@@ -145,10 +146,10 @@ def _attend_e5m6_fwd(scale, q_BTNA, k_BTNA, v_BTNU, segments_BT):
     o_BTNU, log_sum_exp = mla_attention_forward(
         q_BTNA, k_BTNA, v_BTNU, scale=scale, segments_BT=segments_BT
     )
-    codes = fp8.encode_e5m6(o_BTNU.reshape(*o_BTNU.shape[:2], -1))
+    codes = encode_e5m6(o_BTNU.reshape(*o_BTNU.shape[:2], -1))
     codes, log_sum_exp = checkpoint_name((codes, log_sum_exp), "attention")
-    kept = fp8.E5M6(None, *codes)
-    o_BTNU = fp8.decode_e5m6(kept, o_BTNU.shape)
+    kept = E5M6(None, *codes)
+    o_BTNU = decode_e5m6(kept, o_BTNU.shape)
     return (o_BTNU, *codes), (q_BTNA, k_BTNA, v_BTNU, segments_BT, kept, log_sum_exp)
 
 
@@ -158,7 +159,7 @@ def _attend_e5m6_bwd(scale, saved, gradients):
         q_BTNA,
         k_BTNA,
         v_BTNU,
-        fp8.decode_e5m6(kept, v_BTNU.shape),
+        decode_e5m6(kept, v_BTNU.shape),
         log_sum_exp,
         gradients[0],
         scale=scale,
@@ -192,4 +193,4 @@ def absorbed(attention: Attention, q_BTNA, cache_BSY, start_B) -> Activation:
     values_BSC = cache_BSY[:, :, : config.kv_latent_dim]
     z_BTNC = jnp.einsum("BNTS,BSC->BTNC", weight_BNTS, values_BSC)
     o_BTNU = jnp.einsum("BTNC,NUC->BTNU", z_BTNC, w_v_NUC.astype(z_BTNC.dtype))
-    return fp8.to_e5m6(o_BTNU) if fp8.is_quantized(attention.wo_DNU[...]) else o_BTNU
+    return to_e5m6(o_BTNU) if fp8.is_quantized(attention.wo_DNU[...]) else o_BTNU

@@ -10,6 +10,7 @@ have no gradient. XLA drops it where nothing else needs it.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from deepseek_jax.e5m6 import E5M6, decode_e5m6, e5m6_letters
 from pallas_kernels.quantize_fp8 import (
     Blocks,
     Tiles,
@@ -77,21 +79,6 @@ class Quantized:
         return self.x.shape
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class E5M6:
-    """An activation of 12 bits an element in tiles with scales that are powers of two.
-
-    x [..., K] holds the rounded values; high [..., 128 k] the sign, the exponent and two bits of
-    the mantissa, low [..., 64 k] the other four of two elements.
-    """
-
-    x: jax.Array
-    high: jax.Array
-    low: jax.Array
-    scale: jax.Array
-
-
 def values(x: jax.Array | Quantized | E5M6) -> jax.Array:
     """The activation as an array."""
     return x if isinstance(x, jax.Array) else x.x
@@ -149,7 +136,7 @@ def falls_on_blocks(
     for group in groups:
         whole, piece = (x[begin : begin + len(group)] for x in (shape, pieces))
         begin += len(group)
-        if piece != whole and (piece[1:] != whole[1:] or _size(piece) % TILE):
+        if piece != whole and (piece[1:] != whole[1:] or math.prod(piece) % TILE):
             return False
     return True
 
@@ -161,7 +148,7 @@ def _quantize(
     lead, outputs, _ = sides(letters)
     split = axes + len(lead)
     head, rows = w.shape[:split], w.shape[split : split + len(outputs)]
-    flat = w.reshape(-1, _size(rows), _size(w.shape[split + len(outputs) :]))
+    flat = w.reshape(-1, math.prod(rows), math.prod(w.shape[split + len(outputs) :]))
     n, k = (-(-size // TILE) for size in flat.shape[1:])
     flat = jnp.pad(flat, ((0, 0), (0, -flat.shape[1] % 16), (0, 0)))
     codes, scale, turned, turned_scale = quantize_blocks(flat, implementation=implementation)
@@ -188,7 +175,7 @@ def quantize_weights(params: Any, implementation: str | None = None) -> Any:
             return leaf
         lead, outputs, _ = sides(letters)
         axes = leaf.ndim - len(letters)
-        width = _size(leaf.shape[axes + len(lead) + len(outputs) :])
+        width = math.prod(leaf.shape[axes + len(lead) + len(outputs) :])
         if width % 16:
             where = jax.tree_util.keystr(path, simple=True, separator=".")
             raise ValueError(
@@ -315,54 +302,6 @@ def decode_tiles(codes: jax.Array, scale: jax.Array, width: int) -> jax.Array:
     return (blocks * scale[..., None]).reshape(codes.shape)[..., :width].astype(jnp.bfloat16)
 
 
-def encode_e5m6(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """high, low and scale of values [..., K].
-
-    E5M6 is FP16 with a mantissa of 6 bits instead of 10. The scale is that of a tile of E4M3.
-    """
-    x32 = x.astype(jnp.float32)
-    x32 = jnp.pad(x32, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % TILE)])
-    tiles = x32.reshape(*x.shape[:-1], -1, TILE)
-    scale = power_of_two_scale(jnp.max(jnp.abs(tiles), axis=-1))
-    half = (tiles / scale[..., None]).astype(jnp.float16)
-    bits = jax.lax.bitcast_convert_type(half, jnp.uint16)
-    # To nearest, ties to even.
-    code = (bits + 7 + ((bits >> 4) & 1)) >> 4
-    high = (code >> 4).astype(jnp.uint8).reshape(x32.shape)
-    first, second = jnp.split((code & 15).astype(jnp.uint8), 2, axis=-1)
-    low = (first | (second << 4)).reshape(*x.shape[:-1], -1)
-    return high, low, scale
-
-
-def decode_e5m6(x: E5M6, shape: tuple[int, ...]) -> jax.Array:
-    """BF16 values in the shape that they had, exactly."""
-    high = x.high.reshape(*x.scale.shape, TILE).astype(jnp.uint16)
-    low = x.low.reshape(*x.scale.shape, TILE // 2).astype(jnp.uint16)
-    code = (high << 4) | jnp.concatenate((low & 15, low >> 4), axis=-1)
-    half = jax.lax.bitcast_convert_type(code << 4, jnp.float16)
-    flat = (half.astype(jnp.float32) * x.scale[..., None]).reshape(x.high.shape)
-    width = _size(shape) // _rows(x.high)
-    return flat[..., :width].reshape(shape).astype(jnp.bfloat16)
-
-
-def to_e5m6(x_BTNU: jax.Array) -> E5M6:
-    """An activation rounded to E5M6."""
-
-    def encode(x):
-        codes = encode_e5m6(x.reshape(*x.shape[:2], -1))
-        return decode_e5m6(E5M6(None, *codes), x.shape), *codes
-
-    return E5M6(*local(encode, f"BTNU->BTNU,{e5m6_letters('BTNU')}")(x_BTNU))
-
-
-def power_of_two_scale(amax: jax.Array) -> jax.Array:
-    """The smallest power of two that is at least amax / 448, as quantize_tiles has it."""
-    scale = jnp.maximum(amax, 1e-4) * jnp.float32(1 / 448)
-    bits = jax.lax.bitcast_convert_type(scale, jnp.int32)
-    scale = jax.lax.bitcast_convert_type((bits + 0x7FFFFF) & ~0x7FFFFF, jnp.float32)
-    return jnp.where(amax < jnp.inf, scale, jnp.nan)
-
-
 # Letters of the arrays inside, for functions that run on local shards.
 
 
@@ -400,21 +339,8 @@ def _tile_letters(letters: str) -> str:
     return f"{letters},{letters[:-1]}{letters[-1].lower()}"
 
 
-def e5m6_letters(letters: str) -> str:
-    """Of high, low and scale; "BTNU" is flattened to "BTN"."""
-    flat = letters[:3]
-    return f"{flat},{flat},{flat[:-1]}{flat[-1].lower()}"
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    product = 1
-    for n in shape:
-        product *= n
-    return product
-
-
 def _rows(x: jax.Array) -> int:
-    return _size(x.shape[:-1])
+    return math.prod(x.shape[:-1])
 
 
 def _by_block(scale: jax.Array) -> jax.Array:

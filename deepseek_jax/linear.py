@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax import fp8
-from deepseek_jax.fp8 import E5M6, Quantized, QuantizedWeight
+from deepseek_jax.e5m6 import E5M6
+from deepseek_jax.fp8 import Quantized, QuantizedWeight
 from pallas_kernels import grouped_matmul_fp8, matmul_fp8
 from pallas_kernels.grouped_matmul_fp8.api import rows_of_blocks
 from pallas_kernels.quantize_fp8 import Blocks, Tiles, quantize_tiles

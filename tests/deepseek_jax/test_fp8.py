@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax import fp8
+from deepseek_jax.e5m6 import E5M6, decode_e5m6, encode_e5m6, to_e5m6
 from deepseek_jax.experts import expert_ffn
 from deepseek_jax.linear import linear
 from deepseek_jax.swiglu import swiglu_linear
@@ -53,8 +54,8 @@ def e5m6_by_hand(x):
 
 def test_e5m6_rounds_to_six_bits_of_mantissa():
     x_TD = np.asarray(normal(5, 272, scale=3.0)).astype(np.float64)
-    codes = fp8.encode_e5m6(jnp.asarray(x_TD, BF16))
-    decoded = fp8.decode_e5m6(fp8.E5M6(None, *codes), x_TD.shape)
+    codes = encode_e5m6(jnp.asarray(x_TD, BF16))
+    decoded = decode_e5m6(E5M6(None, *codes), x_TD.shape)
     expected = [[e5m6_by_hand(row[i : i + 128]) for i in range(0, 272, 128)] for row in x_TD]
     expected = np.stack([np.concatenate(row) for row in expected])
     assert (np.asarray(decoded, np.float64) == expected).all()
@@ -62,7 +63,7 @@ def test_e5m6_rounds_to_six_bits_of_mantissa():
 
 
 def test_e5m6_takes_twelve_bits_and_a_scale_for_128_elements():
-    high, low, scale = fp8.encode_e5m6(normal(5, 272))
+    high, low, scale = encode_e5m6(normal(5, 272))
     assert (high.shape, low.shape, scale.shape) == ((5, 384), (5, 192), (5, 3))
     assert high.dtype == low.dtype == jnp.uint8
     assert (np.exp2(np.round(np.log2(scale))) == scale).all()
@@ -72,13 +73,13 @@ def test_e5m6_takes_twelve_bits_and_a_scale_for_128_elements():
 def test_e5m6_reports_what_is_not_finite(bad):
     x_TD = np.ones((2, 256), np.float32)
     x_TD[1, 200] = bad
-    decoded = fp8.to_e5m6(jnp.asarray(x_TD, BF16).reshape(1, 2, 2, 128)).x.reshape(2, 256)
+    decoded = to_e5m6(jnp.asarray(x_TD, BF16).reshape(1, 2, 2, 128)).x.reshape(2, 256)
     assert np.isnan(decoded[1, 128:]).all()
     assert (decoded[0] == 1).all() and (decoded[1, :128] == 1).all()
 
 
 def test_e5m6_of_zeros_is_zero():
-    assert (fp8.to_e5m6(jnp.zeros((1, 2, 2, 16), BF16)).x == 0).all()
+    assert (to_e5m6(jnp.zeros((1, 2, 2, 16), BF16)).x == 0).all()
 
 
 # What is kept by name.
@@ -176,7 +177,7 @@ def test_outputs_may_be_of_any_number(relative_error):
 
 def test_after_attention_the_input_is_e5m6(relative_error):
     x, w, dy = normal(2, 9, 2, 48), normal(272, 2, 48, dtype=jnp.float32), normal(2, 9, 272)
-    rounded = fp8.to_e5m6(x)
+    rounded = to_e5m6(x)
     weight = weight_of(w, "DNU")
     fn = lambda values, target: linear(
         "BTNU,DNU->BTD",
