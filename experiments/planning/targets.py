@@ -48,7 +48,11 @@ def devices(cluster: Cluster, target: Target) -> list:
     from jax.experimental import topologies
 
     if target == "tpu":
-        made = topologies.get_topology_desc(platform="tpu", topology_name=tpu_topology(cluster))
+        name = tpu_topology(cluster)
+        sides = tuple(map(int, name.partition(":")[2].split("x")))
+        # A host has four chips unless the whole slice has fewer.
+        host = {"chips_per_host_bounds": (*sides, 1)[:3]} if math.prod(sides) < 4 else {}
+        made = topologies.get_topology_desc(platform="tpu", topology_name=name, **host)
     else:
         inside = math.gcd(cluster.devices, cluster.accelerator.node)
         made = topologies.get_topology_desc(

@@ -97,4 +97,6 @@ def test_kernels_that_are_lowered_twice_are_found():
     call = 'func @a { x = custom_call @mosaic_gpu_v2(%0) {kernel_hash = "abc", n = 1}'
     other = call.replace("abc", "def")
     assert repeated_kernels(f"{call}\n{other}") == ()
-    assert repeated_kernels(f"{call}\n{other}\n{call}") == ("kernel lowered 2 times",)
+    assert repeated_kernels(f"{call}\n{other}\n{call}") == (
+        "3 kernels were lowered, 2 of them different",
+    )
