@@ -120,7 +120,7 @@ def run_here(args: LaunchArgs, aside: Path) -> None:
     state = first_state(run, checkpoints, devices.mesh, imported=imported)
     check_profile(args.profile, begin=int(state.step), steps=run.steps)
     record = describe(args, run, name, directory, shards)
-    if not args.resume and shards.tokenizer_file is not None:
+    if processes.is_first() and not args.resume and shards.tokenizer_file is not None:
         directory.write_tokenizer(shards.tokenizer_file)
     display = TrainingDisplay(run.steps)
     try:
@@ -187,7 +187,7 @@ def recorded_import(args: LaunchArgs, directory: RunDirectory) -> str | None:
 def training_tokens(run: Run, directory: RunDirectory, *, resume: bool) -> TokenShards:
     """The tokens of the run to resume, or those made from the data into a new directory."""
     if resume:
-        return recorded_shards(RunDirectory(directory.path))
+        return recorded_shards(directory)
     if processes.is_first():
         directory.create()
         print(f"preparing data in {directory.data}", flush=True)
@@ -247,7 +247,7 @@ def describe(
     made = [] if ready and len(ready) == len(run.data) else [directory.data.name]
     command = f"{program()} {shlex.join(sys.argv[1:])}"
     if args.resume:
-        recorded = RunDirectory(directory.path).read_config()
+        recorded = directory.read_config()
         # Only a resume that changes something is needed to make the run again.
         same = recorded["run"] == to_json(run)
         command = recorded["command"] if same else f"{recorded['command']} && {command}"

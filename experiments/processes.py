@@ -217,10 +217,10 @@ def supervise(places: Sequence[Place], words: Sequence[str]) -> int:
 def lost_elsewhere(child: Child) -> str:
     """Which process of another host brought this one down, as far as its runtime says."""
     place, text = child.place, "\n".join(child.errors)
-    tasks = {int(n) for n in re.findall(r"task:(\d+)", text)} - {place.index}
-    tasks = {n for n in tasks if n < place.count}
-    if tasks:
-        return f"{place.name(min(tasks))} no longer answers"
+    unhealthy = re.search(r"stopped sending heartbeats\):\n([\d, \n]+)", text)
+    tasks = [int(n) for n in re.findall(r"\d+", unhealthy[1])] if unhealthy else []
+    if tasks and max(tasks) < place.count:
+        return f"{' and '.join(map(place.name, tasks))} no longer answers"
     return f"{place.name(place.index)} was stopped because another process no longer answers"
 
 

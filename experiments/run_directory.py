@@ -21,8 +21,8 @@ LOST = "copy it again, or start another --run"
 class RunDirectory:
     """Paths of a run's files.
 
-    All processes share data and checkpoints; what is written once, those that are not the first
-    write to `aside`, a folder of their own.
+    All processes share data, tokenizer and checkpoints. What else is written once, those that are
+    not the first write to `aside`, a folder of their own.
     """
 
     def __init__(self, path: str | os.PathLike, *, aside: Path | None = None):
@@ -31,7 +31,7 @@ class RunDirectory:
         self.config = own / "config.json"
         self.metrics = own / "metrics.jsonl"
         self.summary = own / "summary.json"
-        self.tokenizer = own / "tokenizer.json"
+        self.tokenizer = self.path / "tokenizer.json"
         self.events = own / "events"
         self.checkpoints = self.path / "checkpoints"
         self.data = self.path / "data"
@@ -74,20 +74,21 @@ class RunDirectory:
                 partial.unlink(missing_ok=True)
 
     def read_config(self) -> dict[str, Any]:
-        """The record written at the start of the run."""
-        if not self.config.is_file():
+        """The record that the first process wrote at the start of the run."""
+        record = self.path / "config.json"
+        if not record.is_file():
             raise ValueError(
                 f"{self.path} is not the directory of a run (it has no config.json): name one "
                 "that launch has made"
             )
         try:
-            record = json.loads(self.config.read_text())
-            missing = [field for field in RECORD if field not in record]
+            found = json.loads(record.read_text())
+            missing = [field for field in RECORD if field not in found]
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{self.config} is damaged ({error}): {LOST}") from error
+            raise ValueError(f"{record} is damaged ({error}): {LOST}") from error
         if missing:
-            raise ValueError(f"{self.config} is damaged ({missing[0]} is missing): {LOST}")
-        return record
+            raise ValueError(f"{record} is damaged ({missing[0]} is missing): {LOST}")
+        return found
 
     def read_run(self) -> Run:
         record = self.read_config()
