@@ -226,7 +226,8 @@ def test_a_checkpoint_of_four_processes_goes_on_in_one_and_in_two_on_other_meshe
         launched(run, text, 4, "expert=8", settings=IMPOSED, steps=4)
         process = start(["launch", "--run", str(run), "--resume", "--steps", "8", "--mesh", mesh,
                          "--processes", str(count)], 8 // count)
-        assert process.wait(timeout=1200) == 0, process.stderr.read()
+        _, err = process.communicate(timeout=1200)
+        assert process.returncode == 0, err
         compare(runs.metrics(run), expected)
 
 
@@ -252,7 +253,8 @@ def test_a_killed_process_ends_the_run_within_a_minute_and_it_resumes(tmp_path, 
     last = complete()[-1]
     resumed = start(["launch", "--run", str(run), "--resume", "--steps", str(last + 2), "--mesh",
                      "expert=8", "--processes", "4"], 2)
-    assert resumed.wait(timeout=1200) == 0, resumed.stderr.read()
+    _, err = resumed.communicate(timeout=1200)
+    assert resumed.returncode == 0, err
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, last + 3))
 
