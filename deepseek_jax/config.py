@@ -201,8 +201,6 @@ class Schedule:
         for phase in self.phases:
             if phase.tokens < 0:
                 raise ValueError(f"a phase of {phase.tokens} tokens must not be negative")
-            if not all(map(math.isfinite, (phase.tokens, phase.start, phase.end))):
-                raise ValueError(f"{phase} must have finite values")
 
     @classmethod
     def constant(cls, value: float) -> "Schedule":
@@ -272,7 +270,7 @@ class Run:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.seed < 0:
-            raise ValueError(f"seed={self.seed} must not be negative")
+            raise ValueError(f"seed={self.seed} must be at least 0")
         if not 0.0 <= self.fim_rate <= 1.0:
             raise ValueError(f"fim_rate={self.fim_rate} must be between 0 and 1")
         if self.ema_decay is not None and not 0.0 <= self.ema_decay < 1.0:
@@ -294,6 +292,10 @@ class Run:
                         f"batch_size {size} must be a positive multiple of "
                         f"micro_batch={self.micro_batch}"
                     )
+        for name in ("learning_rate", "gamma", "mtp_weight", "batch_size"):
+            for phase in getattr(self, name).phases:
+                if not all(map(math.isfinite, (phase.tokens, phase.start, phase.end))):
+                    raise ValueError(f"{name} must be finite, not {phase}")
 
     def accumulation_at(self, tokens: int) -> int:
         """Micro-batches in the step that begins after `tokens` tokens."""

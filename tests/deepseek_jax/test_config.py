@@ -47,7 +47,7 @@ BAD_SIZES = {
 BAD_RUNS = {
     "steps": ({"steps": 0}, "steps=0 must be at least 1"),
     "max_skipped": ({"max_skipped": 0}, "max_skipped=0 must be at least 1"),
-    "seed": ({"seed": -1}, "seed=-1 must not be negative"),
+    "seed": ({"seed": -1}, "seed=-1 must be at least 0"),
     "fim_rate": ({"fim_rate": 1.5}, "fim_rate=1.5 must be between 0 and 1"),
     "ema_decay": ({"ema_decay": 1.0}, r"ema_decay=1.0 must be None or in \[0, 1\)"),
     "too-long": ({"seq_len": 65}, "seq_len=65 must not exceed max_length=64"),
@@ -141,8 +141,9 @@ def test_schedules_that_cannot_be_are_refused():
         Schedule(())
     with pytest.raises(ValueError, match="a phase of -1 tokens must not be negative"):
         Schedule((Phase(-1, 0.0, 1.0),))
-    with pytest.raises(ValueError, match="end=inf.* must have finite values"):
-        Schedule((Phase(1, 0.0, float("inf")),))
+    for name in ("learning_rate", "gamma", "mtp_weight"):
+        with pytest.raises(ValueError, match=f"{name} must be finite, not .*end=inf"):
+            make_run(**{name: Schedule((Phase(1, 0.0, float("inf")),))})
 
 
 def test_the_batch_ramp_grows_in_whole_micro_batches():
