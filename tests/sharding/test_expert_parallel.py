@@ -43,8 +43,8 @@ def choices(draw):
 def test_every_choice_has_one_row_of_its_expert_in_token_order(case):
     expert_TK, num_experts, alignment = case
     layout = jax.tree.map(np.asarray, plan_rows(jnp.asarray(expert_TK), num_experts, alignment))
-    slot_M, row_TK, sizes_E, lost = layout
-    assert lost == 0
+    slot_M, row_TK, sizes_E = layout.slot_M, layout.row_TK, layout.group_sizes_E
+    assert layout.lost == 0
     tokens, k = expert_TK.shape
 
     np.testing.assert_array_equal(sizes_E, np.bincount(expert_TK.ravel(), minlength=num_experts))
