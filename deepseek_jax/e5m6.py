@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.quantize_fp8.reference import TILE, scale_of
 from sharding import local
-
-TILE = 128
 
 
 @jax.tree_util.register_dataclass
@@ -38,7 +37,7 @@ def encode_e5m6(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     x32 = x.astype(jnp.float32)
     x32 = jnp.pad(x32, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % TILE)])
     tiles = x32.reshape(*x.shape[:-1], -1, TILE)
-    scale = power_of_two_scale(jnp.max(jnp.abs(tiles), axis=-1))
+    scale = scale_of(jnp.max(jnp.abs(tiles), axis=-1), power_of_two=True)
     half = (tiles / scale[..., None]).astype(jnp.float16)
     bits = jax.lax.bitcast_convert_type(half, jnp.uint16)
     # To nearest, ties to even.
@@ -68,14 +67,6 @@ def to_e5m6(x_BTNU: jax.Array) -> E5M6:
         return decode_e5m6(E5M6(None, *codes), x.shape), *codes
 
     return E5M6(*local(encode, f"BTNU->BTNU,{e5m6_letters('BTNU')}")(x_BTNU))
-
-
-def power_of_two_scale(amax: jax.Array) -> jax.Array:
-    """The smallest power of two that is at least amax / 448, as quantize_tiles has it."""
-    scale = jnp.maximum(amax, 1e-4) * jnp.float32(1 / 448)
-    bits = jax.lax.bitcast_convert_type(scale, jnp.int32)
-    scale = jax.lax.bitcast_convert_type((bits + 0x7FFFFF) & ~0x7FFFFF, jnp.float32)
-    return jnp.where(amax < jnp.inf, scale, jnp.nan)
 
 
 def e5m6_letters(letters: str) -> str:

@@ -9,6 +9,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 
+IMPLEMENTATIONS = (None, "reference", "hopper")  # None: the best for the target
+
 
 class Target(NamedTuple):
     """The device that a traced program is made for."""
@@ -46,6 +48,16 @@ def require_hopper(op: str) -> int:
             f"({device.platform}): use implementation='reference'"
         )
     return device.cores
+
+
+def choose(implementation: str | None, op: str) -> str:
+    """The implementation to run on the target device; other accelerators are refused by name."""
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"{implementation=} must be one of {IMPLEMENTATIONS}")
+    if implementation == "reference" or (implementation is None and target().platform == "cpu"):
+        return "reference"
+    require_hopper(op)
+    return "hopper"
 
 
 def swizzled(columns: int, dtype: jax.typing.DTypeLike, width: int = 0) -> tuple:

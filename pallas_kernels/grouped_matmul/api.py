@@ -10,8 +10,6 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import mosaic
 from pallas_kernels.grouped_matmul import hopper, reference
 
-IMPLEMENTATIONS = (None, "reference", "hopper")
-
 
 def grouped_matmul(
     x_MK: Float[Array, "M K"],
@@ -47,8 +45,8 @@ def grouped_matmul(
 
 def choose(implementation: str | None, dtype: jax.typing.DTypeLike) -> str:
     """The implementation to run on the target device."""
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"{implementation=} must be one of {IMPLEMENTATIONS}")
+    if implementation not in mosaic.IMPLEMENTATIONS:
+        raise ValueError(f"{implementation=} must be one of {mosaic.IMPLEMENTATIONS}")
     if implementation is None:
         return "hopper" if dtype == jnp.bfloat16 and mosaic.target().is_hopper else "reference"
     return implementation

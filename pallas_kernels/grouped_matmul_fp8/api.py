@@ -11,7 +11,7 @@ from pallas_kernels import mosaic
 from pallas_kernels.grouped_matmul import group_of_block, group_starts, padded_sizes
 from pallas_kernels.grouped_matmul_fp8 import hopper, reference
 from pallas_kernels.matmul_fp8.api import check_blocks, check_master, check_tiles
-from pallas_kernels.quantize_fp8.api import TILE, Blocks, Tiles, choose, quantize_tiles, retile
+from pallas_kernels.quantize_fp8.api import TILE, Blocks, Tiles, quantize_tiles, retile
 
 
 def rows_of_blocks(group_sizes_G: Int32[Array, "G"], num_rows: int) -> Int32[Array, "m"]:
@@ -38,7 +38,7 @@ def by_rows(
     Rows are sorted by group; each group starts at a multiple of 128 rows. Rows that belong to no
     group are 0 from the reference and unspecified from the kernel.
     """
-    implementation = choose(implementation, "grouped_matmul_fp8")
+    implementation = mosaic.choose(implementation, "grouped_matmul_fp8")
     check_tiles("a", a)
     check_blocks("b", codes_GNK, scale_Gnk)
     _check_groups(group_sizes_G, a.codes.shape[0], codes_GNK.shape[0])
@@ -75,7 +75,7 @@ def by_contraction(
     Both operands are tiles by columns, padding taken as 0 (`counts_m`) when they were quantised. A
     group without tokens gets exactly its accumulator, or 0.
     """
-    implementation = choose(implementation, "grouped_matmul_fp8")
+    implementation = mosaic.choose(implementation, "grouped_matmul_fp8")
     check_tiles("y", y)
     check_tiles("x", x)
     groups = group_sizes_G.shape[0]

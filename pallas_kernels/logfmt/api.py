@@ -23,7 +23,6 @@ from pallas_kernels import mosaic
 from pallas_kernels.logfmt import hopper, reference
 from pallas_kernels.logfmt.reference import TILE
 
-IMPLEMENTATIONS = (None, "reference", "hopper")
 BITS = range(4, 11)
 
 
@@ -46,7 +45,7 @@ def encode_logfmt(
     _check_bits(n)
     if x_MK.ndim != 2 or x_MK.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"x must be float32 or bfloat16 [M, K], not {x_MK.dtype} {x_MK.shape}")
-    if _choose(implementation, "encode_logfmt") == "reference":
+    if mosaic.choose(implementation, "encode_logfmt") == "reference":
         words_MW, low_Mk, high_Mk = reference.encode(x_MK, n)
     else:
         if x_MK.shape[1] % 8:
@@ -72,7 +71,7 @@ def decode_logfmt(
     _check_codes(x, n, width)
     if dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"{dtype=} must be float32 or bfloat16")
-    if _choose(implementation, "decode_logfmt") == "reference":
+    if mosaic.choose(implementation, "decode_logfmt") == "reference":
         return reference.decode(*x, n)[:, :width].astype(dtype)
     if width % 8:
         raise NotImplementedError(f"the kernel makes rows of a multiple of 8, not {width}: pad")
@@ -80,17 +79,6 @@ def decode_logfmt(
         x.words, x.low, x.high, n=n, width=width, dtype=jnp.dtype(dtype),
         tiles=hopper.Tiles(), cores=mosaic.target().cores,
     )  # fmt: skip
-
-
-def _choose(implementation, op):
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"{implementation=} must be one of {IMPLEMENTATIONS}")
-    if implementation == "reference" or (
-        implementation is None and mosaic.target().platform == "cpu"
-    ):
-        return "reference"
-    mosaic.require_hopper(op)
-    return "hopper"
 
 
 def _check_bits(n):

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import mosaic
 from pallas_kernels.matmul_fp8 import hopper, reference
-from pallas_kernels.quantize_fp8.api import F8, TILE, Blocks, Tiles, choose, quantize_tiles, retile
+from pallas_kernels.quantize_fp8.api import F8, TILE, Blocks, Tiles, quantize_tiles, retile
 
 
 def matmul(
@@ -24,7 +24,7 @@ def matmul(
     Operands as quantize_fp8 makes them: forward with a weight's codes and scale, the input gradient
     with its transposed ones. The result is rounded once, to bfloat16 or float32.
     """
-    implementation = choose(implementation, "matmul_fp8")
+    implementation = mosaic.choose(implementation, "matmul_fp8")
     check_tiles("a", a)
     check_blocks("b", codes_NK, scale_nk)
     if a.codes.shape[1] != codes_NK.shape[1]:
@@ -55,7 +55,7 @@ def weight_gradient(
     implementation: str | None = None,
 ) -> Float[Array, "N K"]:
     """accumulator + sum over tokens m of outer(y[m], x[m]) in FP32; both operands by columns."""
-    implementation = choose(implementation, "weight_gradient_fp8")
+    implementation = mosaic.choose(implementation, "weight_gradient_fp8")
     check_tiles("y", y)
     check_tiles("x", x)
     if y.codes.shape[1] != x.codes.shape[1]:

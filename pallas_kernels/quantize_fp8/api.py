@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import mosaic
 from pallas_kernels.quantize_fp8 import blocks, hopper, reference, swiglu_gradient
 
-IMPLEMENTATIONS = (None, "reference", "hopper")
 F8 = reference.F8
 TILE = reference.TILE
 # Whose 128 neighbours share a scale: of a row, of a column, or both results.
@@ -61,18 +60,6 @@ class SwigluGradient(NamedTuple):
     weight_M: Array | None
 
 
-def choose(implementation: str | None, op: str) -> str:
-    """The implementation to run on the target device; other accelerators are refused by name."""
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"{implementation=} must be one of {IMPLEMENTATIONS}")
-    if implementation == "reference" or (
-        implementation is None and mosaic.target().platform == "cpu"
-    ):
-        return "reference"
-    mosaic.require_hopper(op)
-    return "hopper"
-
-
 def quantize_tiles(
     x_MK: Float[Array, "M K"],
     *,
@@ -86,7 +73,7 @@ def quantize_tiles(
     Args:
       counts_m: rows of each 128 that hold data; the others are taken as 0, whatever they hold.
     """
-    implementation = choose(implementation, "quantize_fp8")
+    implementation = mosaic.choose(implementation, "quantize_fp8")
     _check(by, x_MK=x_MK)
     _check_counts(counts_m, x_MK)
     if implementation == "reference":
@@ -104,7 +91,7 @@ def rms_norm_tiles(
     implementation: str | None = None,
 ):
     """quantize_tiles of x / sqrt(mean(x^2) + epsilon) * gain, which is rounded to BF16 first."""
-    implementation = choose(implementation, "rms_norm_quantize_fp8")
+    implementation = mosaic.choose(implementation, "rms_norm_quantize_fp8")
     _check(by, x_MK=x_MK)
     if gain_K.shape != x_MK.shape[1:]:
         raise ValueError(f"{gain_K.shape=} must be {x_MK.shape[1:]}")
@@ -132,7 +119,7 @@ def swiglu_tiles(
     Args:
       keep: return (tiles, tiles of gate, tiles of up), all by rows, from one pass over both.
     """
-    implementation = choose(implementation, "swiglu_quantize_fp8")
+    implementation = mosaic.choose(implementation, "swiglu_quantize_fp8")
     _check(by, gate_MK=gate_MK, up_MK=up_MK)
     _check_counts(counts_m, gate_MK)
     if keep and by != "rows":
@@ -169,7 +156,7 @@ def swiglu_gradient_tiles(
     The values of the tiles are taken in FP32; gradients and product are rounded to BF16 before they
     are quantised. `counts_m` as in quantize_tiles, for dy: gate and up were masked when quantised.
     """
-    implementation = choose(implementation, "swiglu_gradient_fp8")
+    implementation = mosaic.choose(implementation, "swiglu_gradient_fp8")
     _check("both", dy_MK=dy_MK)
     _check_counts(counts_m, dy_MK)
     num_rows, width = dy_MK.shape
@@ -213,7 +200,7 @@ def retile(
     implementation: str | None = None,
 ) -> Tiles:
     """Tiles by columns from tiles by rows, of `width` channels, for the weight gradient."""
-    implementation = choose(implementation, "retile_fp8")
+    implementation = mosaic.choose(implementation, "retile_fp8")
     _check_tiles(x)
     _check_counts(counts_m, x.codes)
     if not 0 < width <= x.codes.shape[1]:
@@ -246,7 +233,7 @@ def quantize_blocks(
     implementation: str | None = None,
 ) -> Blocks:
     """A weight [N, K], or one for each group [G, N, K], with its transpose."""
-    implementation = choose(implementation, "quantize_blocks_fp8")
+    implementation = mosaic.choose(implementation, "quantize_blocks_fp8")
     if w.ndim not in (2, 3):
         raise ValueError(f"a weight is [N, K] or [G, N, K], not {w.shape}")
     _check_dtype_and_widths("w", w, (w.shape[-2], w.shape[-1]))
