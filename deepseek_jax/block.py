@@ -13,6 +13,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.latent_cache import LatentCache
 from deepseek_jax.layers import FeedForward, norm_for, ones
 from deepseek_jax.moe import Load, MoE
+from deepseek_jax.residual import rounded
 
 # What the backward pass keeps of a block beside its input; the rest is computed again.
 # paper: RMSNorms, MLA's up-projections and SwiGLU outputs are recomputed (V3 report, 3.2.3).
@@ -31,6 +32,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dense: bool, rngs: nnx.Rngs):
         self.config = config
+        self.residual = "bf16"  # a key of Precision.residual; the model says which
         self.attention_norm_D = ones(config.model_dim)
         self.attention = Attention(config, rngs=rngs)
         self.ffn_norm_D = ones(config.model_dim)
@@ -52,7 +54,7 @@ class Block(nnx.Module):
             cache=cache,
             start_B=start_B,
         )
-        x_BTD = x_BTD + o_BTD
+        x_BTD = x_BTD + rounded(o_BTD, self.residual)
         is_moe = isinstance(self.ffn, MoE)
         reader = self.ffn.w_gate_EFD if is_moe else self.ffn.w_gate_FD
         # Tokens are dispatched as codes with scales that are powers of two.
@@ -63,7 +65,7 @@ class Block(nnx.Module):
             y_BTD, load = self.ffn(normed_BTD, valid_BT)
         else:
             y_BTD, load = self.ffn(normed_BTD), None
-        x_BTD = x_BTD + y_BTD
+        x_BTD = x_BTD + rounded(y_BTD, self.residual)
         return x_BTD, LayerOutput(x_BTD, latent, load)
 
 

@@ -132,6 +132,7 @@ class ModelConfig:
 
 
 COMBINE = ("bf16", "logfmt8", "logfmt10")
+RESIDUAL = ("bf16", "e4m3", "e5m2", "logfmt8", "logfmt10")
 
 
 @dataclass(frozen=True)
@@ -147,12 +148,16 @@ class Precision:
     moments: Literal["fp32", "bf16"] = "fp32"
     # In which experts' results go back to other devices; bf16: as activations are.
     combine: Literal["bf16", "logfmt8", "logfmt10"] = "bf16"
+    # To which every branch rounds what it adds to the residual stream; bf16: as activations are.
+    residual: Literal["bf16", "e4m3", "e5m2", "logfmt8", "logfmt10"] = "bf16"
     # Of FP8 products: None for the kernels of the device, or what runs on any, slowly.
     implementation: Literal["reference"] | None = None
 
     def __post_init__(self):
         if self.combine not in COMBINE:
             raise ValueError(f"combine={self.combine!r} must be one of {', '.join(COMBINE)}")
+        if self.residual not in RESIDUAL:
+            raise ValueError(f"residual={self.residual!r} must be one of {', '.join(RESIDUAL)}")
         if self.weights == self.matmul == "fp8":
             raise ValueError(
                 "weights='fp8' are dequantised for their products: use matmul='bf16' or 'fp32'"

@@ -13,7 +13,7 @@ from deepseek_jax.config import ModelConfig, Precision
 from deepseek_jax.fp8 import is_quantized, quantize_weights
 from deepseek_jax.layers import embed, normal, ones, rms_norm
 from deepseek_jax.linear import DTYPES, einsum
-from deepseek_jax.moe import Load
+from deepseek_jax.moe import Load, MoE
 from deepseek_jax.rope import positions, rotations
 from deepseek_jax.stored import may_be_stored, store
 from sharding import shard
@@ -49,9 +49,11 @@ class Model(nnx.Module):
         self.final_norm_D = ones(config.model_dim)
         self.head_VD = normal(rngs, (config.vocab_size, config.model_dim), config)
         self.mtp = mtp_modules.modules(config, rngs=rngs)
-        for block in (self.moe, self.mtp and self.mtp.block):
-            if block is not None and config.num_moe_layers:
-                block.ffn.combine = self.precision.combine
+        for block in (self.dense, self.moe, self.mtp and self.mtp.block):
+            if block is not None:
+                block.residual = self.precision.residual
+                if isinstance(block.ffn, MoE):
+                    block.ffn.combine = self.precision.combine
         if self.precision.weights != "fp32":
             cast_weights(self, self.precision.weights)
 

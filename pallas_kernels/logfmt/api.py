@@ -81,6 +81,12 @@ def decode_logfmt(
     )  # fmt: skip
 
 
+def round_to_logfmt(x: Float[Array, "... K"], n: int) -> Float[Array, "... K"]:
+    """What is decoded from the codes of x, in x's dtype: plain arithmetic, no kernel."""
+    _check_bits(n)
+    return reference.round_trip(x, n).astype(x.dtype)
+
+
 def _check_bits(n):
     if n not in BITS:
         raise ValueError(f"LogFMT has {BITS[0]} to {BITS[-1]} bits, not {n=}")

@@ -23,17 +23,36 @@ def step_of(low, high, n: int):
 
 def encode(x_MK: Float[Array, "M K"], n: int) -> tuple[Array, Array, Array]:
     """Words [M, 8 n k], smallest and largest magnitude [M, k] of each tile."""
-    x_MK = jnp.pad(x_MK.astype(jnp.float32), ((0, 0), (0, -x_MK.shape[1] % TILE)))
-    x = x_MK.reshape(x_MK.shape[0], -1, TILE)
-    size = jnp.abs(x)
+    x = _tiles(x_MK)
+    code, low, high = _codes(x, n)
+    negative = jnp.signbit(x).astype(jnp.uint32)
+    return pack(code | negative << (n - 1), n), low, high
+
+
+def round_trip(x: Float[Array, "... K"], n: int) -> Float[Array, "... K"]:
+    """FP32 values as decoded from codes: no code is packed, so that a compiler fuses it all."""
+    tiles = _tiles(x)
+    code, low, high = _codes(tiles, n)
+    value = _values(code, jnp.signbit(tiles), low, high, n)
+    return value.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
+
+
+def _tiles(x):
+    """[..., k, 128] in FP32, the last tile filled up with zeros."""
+    x = x.astype(jnp.float32)
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % TILE)])
+    return x.reshape(*x.shape[:-1], -1, TILE)
+
+
+def _codes(tiles, n: int):
+    """Codes without signs, smallest and largest magnitude of each tile."""
+    size = jnp.abs(tiles)
     size = jnp.where(size < TINY, 0, size)
     # On CPU a maximum may drop a NaN.
     high = jnp.where(jnp.isfinite(size), size, jnp.float32(jnp.inf)).max(-1)
     low = jnp.where(size > 0, size, jnp.float32(jnp.inf)).min(-1)
     low, high = extremes(low, high)
-    code = encode_tiles(size, low[..., None], step_of(low, high, n)[..., None], n)
-    negative = jnp.signbit(x).astype(jnp.uint32)
-    return pack(code | negative << (n - 1), n), low, high
+    return encode_tiles(size, low[..., None], step_of(low, high, n)[..., None], n), low, high
 
 
 def encode_tiles(size, low, step, n: int):
@@ -53,14 +72,19 @@ def encode_tiles(size, low, step, n: int):
 def decode(words, low, high, n: int) -> Float[Array, "M K"]:
     """FP32 values, the zeros at the end of the last tile included."""
     code = unpack(words, n)
-    size = (code & (2 ** (n - 1) - 1)).astype(jnp.int32)
+    value = _values(code & (2 ** (n - 1) - 1), code >> (n - 1) == 1, low, high, n)
+    return value.reshape(value.shape[0], -1)
+
+
+def _values(code, negative, low, high, n: int):
+    """What codes and signs of tiles stand for, FP32."""
+    size = code.astype(jnp.int32)
     low, high = (x.astype(jnp.float32)[..., None] for x in (low, high))
     value = low * exp2(step_of(low, high, n) * (size - 1).astype(jnp.float32))
     # Exact at both ends, so that the values' own codes are those that they came from.
     value = jnp.where(size == steps_of(n) + 1, high, value)
     value = jnp.where(size == 0, high * 0, value)
-    value = jnp.where(code >> (n - 1) == 1, -value, value)
-    return value.reshape(value.shape[0], -1)
+    return jnp.where(negative, -value, value)
 
 
 def pack(code_Mkt, n: int) -> UInt16[Array, "M W"]:

@@ -1,0 +1,40 @@
+"""What a branch adds to the residual stream, rounded to few bits as results of combine would be.
+
+An imitation on one device of formats for combine (ISCA section 3.2): tiles of 128 channels, FP8
+scaled so that the largest magnitude of a tile is that of the format. The gradient passes as it is.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.logfmt import round_to_logfmt
+
+TILE = 128
+FP8 = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def rounded(x: Float[Array, "... D"], format: str) -> Float[Array, "... D"]:
+    """x as it arrives in a format, a key of Precision.residual; bf16: as it is."""
+    if format == "bf16":
+        return x
+    if format in FP8:
+        return _round_to_fp8(x, FP8[format])
+    return round_to_logfmt(x, int(format.removeprefix("logfmt")))
+
+
+@rounded.defjvp
+def _rounded_jvp(format, primals, tangents):
+    return rounded(*primals, format), tangents[0]
+
+
+def _round_to_fp8(x, dtype):
+    wide = jnp.pad(x.astype(jnp.float32), [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % TILE)])
+    tiles = wide.reshape(*x.shape[:-1], -1, TILE)
+    largest = jnp.max(jnp.abs(tiles), axis=-1, keepdims=True)
+    scale = jnp.where(largest > 0, largest, 1.0) / jnp.float32(jnp.finfo(dtype).max)
+    back = (tiles / scale).astype(dtype).astype(jnp.float32) * scale
+    return back.reshape(wide.shape)[..., : x.shape[-1]].astype(x.dtype)
