@@ -2,8 +2,7 @@
 
 Written from section 3.3 of the V3 report around the oracle of the tests; it shares no code with the
 package. Every product of a matrix rounds its operands, and backward the gradient and, along the
-tokens, both operands of the weight gradient; sums are exact. Holds for at most 128 tokens, which
-are one tile in the weight gradient, with or without those that an expert does not get.
+tokens, both operands of the weight gradient; sums are exact. An expert's tokens are its own tiles.
 """
 
 import contextlib
@@ -183,11 +182,13 @@ def mixture(x_BTD, weights, bias_E, config):
     for e in range(config.num_experts):
         weight = weight_TE[:, e : e + 1]
         own = weight > 0
-        mine = jnp.where(own, x, 0)
+        # Its tokens one after another, in their order.
+        first = jnp.argsort(~own[:, 0], stable=True)
+        mine = jnp.where(own, x, 0)[first]
         gate = product("moe", mine, weights["w_gate_EFD"][e])
         up = product("moe", mine, weights["w_up_EFD"][e])
-        y = down("experts", gate, up, weight, weights["w_down_EDF"][e])
-        total = total + jnp.where(own, y, 0)
+        y = down("experts", gate, up, weight[first], weights["w_down_EDF"][e])
+        total = total + jnp.where(own, jnp.zeros_like(y).at[first].set(y), 0)
     return bf16(out + bf16(total).reshape(x_BTD.shape)), record
 
 
