@@ -124,12 +124,11 @@ def sweep(
     if chosen and not measured:
         compile_all(chosen, notes, say)
     if measured:
-        for index, c in enumerate(chosen):
-            if notes.get("measured", c.setup) is None:
-                seconds = measure(c.setup)
-                notes.add("measured", c.setup, {"seconds": seconds})
-                say(f"  measured {index + 1}/{len(chosen)} {c.setup.name}: "
-                    f"{statistics.median(seconds):.3f} s")  # fmt: skip
+        todo = [c.setup for c in chosen if notes.get("measured", c.setup) is None]
+        for index, (setup, seconds) in enumerate(measure(todo), start=1):
+            notes.add("measured", setup, {"seconds": seconds})
+            say(f"  measured {index}/{len(todo)} {setup.name}: "
+                f"{statistics.median(seconds):.3f} s")  # fmt: skip
         found = recosted(found, chosen, notes, say)
     rows = table(found, notes)
     if out is not None:

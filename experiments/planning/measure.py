@@ -1,55 +1,119 @@
 """Runs train steps on the devices of this machine, each setup in a process of its own.
 
-`python -m experiments.planning.measure` reads setups from stdin, one a line, and writes the seconds
-of their steps.
+`python -m experiments.planning.measure` reads a setup from stdin, compiles its step and says so,
+waits for another line, and writes the seconds of the steps. So that many setups can be compiled at
+once and yet each be timed alone.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 
 from experiments.planning import targets
 from experiments.planning.compile import setup_of, words_of
 from experiments.planning.setup import Setup
 
 STEPS = 5
+COMPILED = "compiled"
 
 
-def measure(setup: Setup, *, steps: int = STEPS) -> list[float]:
-    """Seconds of so many steps after two others.
+def measure(setups: Sequence[Setup], *, steps: int = STEPS) -> Iterator[tuple[Setup, list[float]]]:
+    """Each setup with the seconds of so many steps after two others.
+
+    Half as many as there are cores are compiled at once; while one is timed, nothing else runs.
 
     Raises:
-      ValueError: the process failed; its last line is the message.
+      ValueError: a process failed; its last line is the message.
     """
-    target = setup.cluster.accelerator.platform
-    words = {**words_of(setup, target), "steps": steps}
-    environment = targets.environment(setup.cluster, target)
-    if target != "cpu":
-        del environment["JAX_PLATFORMS"]
-    done = subprocess.run([sys.executable, "-m", __name__], input=json.dumps(words),
-                          env=environment, capture_output=True, text=True)  # fmt: skip
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise ValueError(f"running {setup.name}: {last}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    at_once = max(1, (os.cpu_count() or 1) // 2)
+    for begin in range(0, len(setups), at_once):
+        with ExitStack() as stack:
+            children = [
+                (setup, stack.enter_context(_Child(setup, steps)))
+                for setup in setups[begin : begin + at_once]
+            ]
+            for _, child in children:
+                child.read()
+            for setup, child in children:
+                yield setup, child.timed()
+
+
+class _Child:
+    """A process that has a setup: `read` waits for its next line."""
+
+    def __init__(self, setup: Setup, steps: int):
+        target = setup.cluster.accelerator.platform
+        environment = targets.environment(setup.cluster, target)
+        if target != "cpu":
+            del environment["JAX_PLATFORMS"]
+            # Processes share the card: none may take most of its memory at its start.
+            environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+        self.name = setup.name
+        self.errors = tempfile.TemporaryFile("w+")
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", __name__], env=environment, text=True, **pipes
+        )
+        self.tell(json.dumps({**words_of(setup, target), "steps": steps}))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.errors.close()
+
+    def tell(self, line: str) -> None:
+        try:
+            print(line, file=self.process.stdin, flush=True)
+        except BrokenPipeError:
+            pass  # What it died of is read with its next line.
+
+    def read(self) -> str:
+        line = self.process.stdout.readline().strip()
+        if line:
+            return line
+        code = self.process.wait()
+        self.errors.seek(0)
+        last = (self.errors.read().strip().splitlines() or [f"exit code {code}"])[-1]
+        raise ValueError(f"running {self.name}: {last}")
+
+    def timed(self) -> list[float]:
+        self.tell("go")
+        seconds = json.loads(self.read())
+        self.process.wait()
+        return seconds
 
 
 def main() -> None:
     """The child: a setup from stdin, seconds to stdout."""
-    words = json.loads(sys.stdin.read())
-    print(json.dumps(measured_here(setup_of(words), words["steps"])))
+    words = json.loads(sys.stdin.readline())
+
+    def compiled() -> None:
+        print(COMPILED, flush=True)
+        sys.stdin.readline()
+
+    print(json.dumps(measured_here(setup_of(words), words["steps"], compiled)), flush=True)
 
 
-def measured_here(setup: Setup, steps: int) -> list[float]:
-    """Times the step on devices of this process."""
+def measured_here(
+    setup: Setup, steps: int, compiled: Callable[[], None] = lambda: None
+) -> list[float]:
+    """Times the step on devices of this process, after `compiled` has returned."""
     import jax
     import numpy as np
 
     from deepseek_jax.training import init_state, make_train_step
-    from experiments.planning.compile import batch_sharding
+    from experiments.planning.compile import abstract_arguments
     from sharding.mesh import make_mesh
 
     run = setup.run
@@ -58,11 +122,13 @@ def measured_here(setup: Setup, steps: int) -> list[float]:
         raise ValueError(f"{setup.cluster.name} needs {setup.cluster.devices} devices, "
                          f"this machine has {len(devices)}")  # fmt: skip
     mesh = make_mesh(devices, **setup.mesh)
-    shape = (setup.accumulation, run.micro_batch, run.seq_len + 1)
-    tokens = np.random.default_rng(run.seed).integers(0, run.config.vocab_size, shape)
-    batch = {"tokens": jax.device_put(tokens.astype(np.int32), batch_sharding(mesh))}
+    shapes = abstract_arguments(setup, mesh)
+    step = make_train_step(run, mesh, setup.scheme).lower(*shapes).compile()
+    compiled()
+    where = shapes[1]["tokens"]
+    tokens = np.random.default_rng(run.seed).integers(0, run.config.vocab_size, where.shape)
+    batch = {"tokens": jax.device_put(tokens.astype(np.int32), where.sharding)}
     state = init_state(run, mesh)
-    step = make_train_step(run, mesh, setup.scheme).lower(state, batch).compile()
     seconds = []
     for _ in range(2 + steps):
         began = time.perf_counter()

@@ -107,7 +107,8 @@ def test_constants_are_found_again_from_steps_that_follow_the_form():
 def test_measured_steps_are_ranked_against_predictions(tmp_path, monkeypatch):
     said = []
     true = Reached(products=0.5, memory=0.5, network=1.0, message=2.0, overlap=0.0)
-    monkeypatch.setattr(sweep_module, "measure", lambda s: [terms(s).at(true)] * 5)
+    timed = lambda setups: ((s, [terms(s).at(true)] * 5) for s in setups)
+    monkeypatch.setattr(sweep_module, "measure", timed)
     rows = sweep(TINY, WHERE, best=20, measured=True, out=tmp_path, say=said.append)
     assert sum(row.measured is not None for row in rows) == 20
     assert any("over 15 others: 1.000" in line for line in said), said
