@@ -144,4 +144,21 @@ def launch(body, *, name, interpret=None, approx_math=False, **kernel_args):
     # The name under which profiles and programs list the kernel.
     body = functools.partial(body)
     body.__name__ = name
-    return plgpu.kernel(body, compiler_params=params, **kernel_args, **extra)
+    return once(plgpu.kernel(body, compiler_params=params, **kernel_args, **extra))
+
+
+def once(kernel):
+    """The kernel, of which a program holds one copy however often it is called on equal operands.
+
+    A jitted launcher alone is copied where its call is split for the backward pass, and the kernel
+    with it; what custom_vmap calls is never split.
+    """
+    called = jax.custom_batching.custom_vmap(jax.jit(kernel))
+
+    @called.def_vmap
+    def batched(axis_size, in_batched, *operands):
+        axes = [0 if is_batched else None for is_batched in in_batched]
+        results = jax.vmap(kernel, in_axes=axes, axis_size=axis_size)(*operands)
+        return results, jax.tree.map(lambda _: True, results)
+
+    return called

@@ -11,7 +11,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels.mla_attention import cudnn
-from pallas_kernels.mosaic import varying_like
+from pallas_kernels.mosaic import once, varying_like
 
 NOTE = "cuDNN attention stood in for by an empty kernel of the same operands, results, workspace"
 
@@ -61,10 +61,10 @@ def _call(name, results, *operands):
 
 @functools.cache
 def _kernel(name, results):
-    """One jitted kernel for each signature, so that equal calls are lowered once."""
+    """One kernel for each signature."""
 
     def body(*refs):
         pass
 
     body.__name__ = name
-    return jax.jit(plgpu.kernel(body, out_type=[jax.ShapeDtypeStruct(*x) for x in results]))
+    return once(plgpu.kernel(body, out_type=[jax.ShapeDtypeStruct(*x) for x in results]))
