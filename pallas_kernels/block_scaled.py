@@ -190,6 +190,7 @@ def matmul(
     num_rows, k = a_MK.shape
     a_MK = mosaic.pad_rows(a_MK)
     n = b_NK.shape[-2]
+    tiles = pipeline.narrow(tiles, n)
     # The memory warpgroup is at most `stages` steps ahead of the weight scales in use.
     num_scales = -(-tiles.stages // (k // DEPTH)) + 1
     out_type = jax.ShapeDtypeStruct((a_MK.shape[0], n), out_dtype)

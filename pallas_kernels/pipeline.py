@@ -7,6 +7,7 @@ them does between its WGMMAs hides behind the WGMMAs of the others. The blocks o
 side along the columns and share the row operand by multicast.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
@@ -30,6 +31,22 @@ def check_store(tiles):
     pieces = tiles.columns // tiles.store_columns
     if pieces % tiles.store_buffers:
         raise ValueError(f"{tiles.store_buffers=} must divide the {pieces} pieces of a tile")
+
+
+def narrow(tiles, columns: int):
+    """The tiles, with pieces of half the width where one is as wide as the whole result.
+
+    Mosaic drops the index of a dimension that one piece covers: pieces past its end, which are
+    otherwise left out, would be written over it.
+    """
+    reach = tiles.columns * (2 if tiles.pair else 1)
+    if columns != tiles.store_columns or reach == columns:
+        return tiles
+    return dataclasses.replace(
+        tiles,
+        store_columns=tiles.store_columns // 2,
+        store_buffers=2 * tiles.store_buffers,
+    )
 
 
 def next_slot(slot, stages: int):

@@ -30,8 +30,9 @@ from pallas_kernels.quantize_fp8 import (
 # Root mean square of one rounding to BF16 is 1.7e-3.
 ROUNDED = 3e-3
 REPEATS = 10
-# M, N, K: few rows, rows that no tile divides, short last blocks as N and as K.
-ODD = [(1, 576, 2048), (64, 2112, 512), (70, 2112, 512), (128, 320, 10944), (1001, 592, 2112)]
+# M, N, K: few rows, rows that no tile divides, short last blocks as N and as K, N of one piece.
+ODD = [(1, 576, 2048), (64, 2112, 512), (70, 2112, 512), (128, 320, 10944), (1001, 592, 2112),
+       (512, 32, 512)]
 SIZES = {"mixed": (130, 0, 70, 1, 1000, 0), "one has all": (0, 0, 1500, 0), "none": (0, 0, 0)}
 QUANTIZED = [(1001, 2112), (384, 576), (70, 208), (2048, 1536)]
 Verdict = dict[str, Any]
@@ -56,7 +57,7 @@ def gemm() -> Iterator[Verdict]:
         yield from error_and_repeats(
             f"product {m} x {n} x {k}", right, ROUNDED, call, a, b.codes, b.scale
         )
-    for m, n, k in ((520, 2112, 592), (4096, 1536, 576)):
+    for m, n, k in ((520, 2112, 592), (4096, 1536, 576), (512, 512, 32)):
         y, x = (quantize_tiles(normal(m, width), by="columns") for width in (n, k))
         total = normal(n, k, dtype=F32)
         call, right = jax.jit(weight_gradient), values(y) @ values(x).T

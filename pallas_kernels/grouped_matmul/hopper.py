@@ -229,6 +229,7 @@ def _mask_rows(ref, count):
 
 
 def _launch(body, name, out_type, operand_shapes, tiles, cores, interpret):
+    tiles = pipeline.narrow(tiles, out_type.shape[-1])
     return pipeline.launch(
         body,
         name=name,
