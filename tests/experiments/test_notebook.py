@@ -4,6 +4,8 @@ import re
 
 import pytest
 
+from tests.oracle.reference import QUICK
+
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 
@@ -38,8 +40,8 @@ def test_needs_nothing_from_experiments(notebook):
 def test_runs_and_every_variant_learns(notebook, root, monkeypatch):
     # The kernel draws into the notebook, and compiles without most optimisations.
     monkeypatch.delenv("MPLBACKEND", raising=False)
-    flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-    monkeypatch.setenv("XLA_FLAGS", flags)
+    flags = [f"--{name}={str(value).lower()}" for name, value in QUICK.items()]
+    monkeypatch.setenv("XLA_FLAGS", " ".join(flags))
     client = nbclient.NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(root)}}
     )

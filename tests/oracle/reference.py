@@ -19,7 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 # Compiling is nearly all the time that such small programs take; this leaves a quarter of it.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+QUICK = {"xla_backend_optimization_level": 0}
+if jax.__version_info__ < (0, 12):
+    QUICK["xla_cpu_use_fusion_emitters"] = False  # later ones do not know it
 
 # The score of experts in rejected groups; a test sets it to 0, a known mistake.
 REJECTED = -math.inf
