@@ -84,11 +84,23 @@ COMMANDS = {
         "tokens/s, TFLOP/s and memory of a recipe's train step",
         "peer --precision bf16",
     ),
+    "bench mesh": Command(
+        "experiments.bench.mesh",
+        "bench_mesh",
+        "a train step on every legal mesh of this host, beside one device and the plan",
+        "peer --micro-batch 1 2 4 --json runs/mesh.json",
+    ),
     "bench fp8_loss": Command(
         "experiments.bench.fp8_loss",
         "bench_fp8_loss",
         "one model trained in BF16 and in FP8 from the same seeds and data: the gap of the loss",
         "--data shards --only fp8-0",
+    ),
+    "bench residual": Command(
+        "experiments.bench.residual",
+        "bench_residual",
+        "a dense model whose branches round what they add to FP8 or LogFMT, beside BF16",
+        "--data runs/tokens --json runs/residual.json",
     ),
     "bench kernels": Command(
         "experiments.bench.kernel_run",

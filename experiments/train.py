@@ -183,7 +183,7 @@ class CompiledSteps:
         self._compiled: dict[tuple, Any] = {}
 
     def _for(self, batch):
-        key = (batch["tokens"].shape, self._scheme.room)
+        key = (*batch, batch["tokens"].shape, self._scheme.room)
         if key not in self._compiled:
             step = make_train_step(self._run, self._mesh, self._scheme)
             self._compiled[key] = step.lower(self._state, batch).compile()

@@ -8,7 +8,7 @@ import pytest
 
 import deepseek_jax as ds
 from experiments import recipes
-from experiments.bench import fp8_loss
+from experiments.bench import fp8_loss, pieces
 from experiments.bench.fp8_loss import BenchFp8LossArgs, Piece
 from tests.configs import WIDE
 
@@ -26,16 +26,16 @@ def named(*curves):
 
 
 def test_a_gap_is_relative_and_averaged_over_the_last_quarter():
-    gap = fp8_loss.gap(curve(Piece("fp8", 0), 1.01), curve(Piece("bf16", 0)))
+    gap = pieces.gap(curve(Piece("fp8", 0), 1.01), curve(Piece("bf16", 0)))
     assert gap == pytest.approx(0.01)
     late = curve(Piece("fp8", 0))
     late["validation"][:4] = [[step, 9.0] for step, _ in late["validation"][:4]]
-    assert fp8_loss.gap(late, curve(Piece("bf16", 0))) > 0.1  # the average remembers
+    assert pieces.gap(late, curve(Piece("bf16", 0))) > 0.1  # the average remembers
 
 
 def test_the_average_forgets_a_tenth_a_point():
-    assert fp8_loss.ema([1.0, 1.0, 1.0]).tolist() == pytest.approx([1, 1, 1])
-    assert fp8_loss.ema([0.0, 1.0])[1] == pytest.approx(0.1 / 0.19)
+    assert pieces.ema([1.0, 1.0, 1.0]).tolist() == pytest.approx([1, 1, 1])
+    assert pieces.ema([0.0, 1.0])[1] == pytest.approx(0.1 / 0.19)
 
 
 @pytest.mark.parametrize("factors, holds", [((1.002, 0.999), True), ((1.002, 1.004), False)])
@@ -55,7 +55,7 @@ def test_what_is_missing_is_not_compared():
 
 def test_curves_of_other_steps_are_refused():
     with pytest.raises(ValueError, match="same --steps and --evaluations"):
-        fp8_loss.gap(curve(Piece("fp8", 0), points=9), curve(Piece("bf16", 0)))
+        pieces.gap(curve(Piece("fp8", 0), points=9), curve(Piece("bf16", 0)))
 
 
 def test_an_unknown_piece_is_refused_with_those_there_are():
@@ -67,7 +67,7 @@ def test_the_model_of_the_comparison_is_large_enough():
     counts = ds.param_counts(fp8_loss.loss_config())
     assert counts.active >= 50e6 and fp8_loss.loss_config().model_dim >= 768
     run = fp8_loss.loss_run()
-    assert run.steps * fp8_loss.tokens_of(run) >= 100e6
+    assert run.steps * pieces.tokens_of(run) >= 100e6
 
 
 @pytest.mark.slow
@@ -96,7 +96,7 @@ def test_pieces_are_trained_once_and_compared(tmp_path, monkeypatch, capsys):
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
     assert (args.out / "fp8_loss.svg").read_text().startswith("<?xml")
     # All pieces are there: nothing is trained, and the same is found.
-    monkeypatch.setattr(fp8_loss, "train_missing", None)
+    monkeypatch.setattr(pieces, "train_missing", None)
     fp8_loss.bench_fp8_loss(args)
     assert json.loads((tmp_path / "out.json").read_text()) == first
     assert "relative gap" in capsys.readouterr().out
