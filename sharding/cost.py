@@ -14,6 +14,8 @@ from typing import Literal, NamedTuple
 
 from sharding.hardware import Accelerator
 from sharding.mesh import AXES
+from sharding.network import groups
+from sharding.network.latency import INFINIBAND
 
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all"]
 
@@ -102,6 +104,16 @@ def members_in_node(axes: Sequence[str], mesh: Mapping[str, int], node: int) -> 
     return _members_in_node(tuple(axes), tuple(mesh.get(axis, 1) for axis in AXES), node)
 
 
+def _dimensions(transfer: Transfer, mesh: Mapping[str, int]) -> list[tuple[int, bool]]:
+    """Sizes of the mesh in its order, and whether the devices of a group differ there."""
+    found = [(mesh.get(axis, 1), axis in transfer.axes) for axis in AXES]
+    if transfer.group is not None and transfer.group[1] == 1:
+        # The hop between nodes: members are as far apart as a node has ranks of the axis.
+        place, size = AXES.index(transfer.axes[0]), transfer.group[0]
+        found[place : place + 1] = [(size, True), (found[place][0] // size, False)]
+    return found
+
+
 @functools.cache
 def _members_in_node(axes: tuple[str, ...], sizes: tuple[int, ...], node: int) -> int:
     members, stride = [0], 1
@@ -131,8 +143,9 @@ def work_terms(work: Work, hardware: Accelerator) -> Terms:
 def transfer_terms(transfer: Transfer, mesh: Mapping[str, int], hardware: Accelerator) -> Terms:
     """The transfer at the speed of the slower of the two networks that it crosses.
 
-    In a ring over nodes every byte crosses a node's boundary once, and the devices of the node
-    share that; in an exchange each device sends its own parts for other nodes itself.
+    Between nodes of GPUs that is the time of all its groups together on a fat tree for each NIC of
+    a node (network.groups). Elsewhere every byte of a ring crosses a node's boundary once, and the
+    devices of the node share that; in an exchange each device sends its own parts itself.
     """
     group = group_size(transfer, mesh)
     if group == 1:
@@ -149,10 +162,18 @@ def transfer_terms(transfer: Transfer, mesh: Mapping[str, int], hardware: Accele
         inner = sent if inside > 1 else 0.0
         outer = sent / inside if group > inside else 0.0
     link = hardware.outer if group > inside else hardware.inner
+    crossing, latency = outer / link.bandwidth, link.latency
+    if group > inside and hardware.platform == "gpu":
+        found = groups.crossing(
+            _dimensions(transfer, mesh), hardware.node, link.bandwidth,
+            ring=transfer.kind != "all-to-all",
+        )  # fmt: skip
+        crossing = sent_bytes(transfer.kind, transfer.bytes, group) * found.seconds
+        latency = INFINIBAND.of(found.switches)
     hops = math.ceil(math.log2(group)) * (2 if transfer.kind == "all-reduce" else 1)
     return Terms(
-        network=max(inner / hardware.inner.bandwidth, outer / hardware.outer.bandwidth),
-        messages=transfer.times * hops * link.latency,
+        network=max(inner / hardware.inner.bandwidth, crossing),
+        messages=transfer.times * hops * latency,
     )
 
 

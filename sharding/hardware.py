@@ -59,7 +59,8 @@ class Accelerator:
 
 # GPUs: NVIDIA datasheets; memory is what a program was seen to get. Links: NVLink 4 is 900 GB/s in
 # both directions together, cut to 400 in the H800; the usable 160 and 40 GB/s, and the latencies
-# of 64 bytes, are those of the paper (ISCA, sections 2.3 and 4.1, table 5).
+# of 64 bytes, are those of the paper (ISCA, sections 2.3 and 4.1, table 5). Between nodes a message
+# waits as long as the switches on its way say, on the fat trees of network/groups.py.
 # TPUs: Google Cloud TPU system pages (v5p, v6e, tpu7x). A chip's bidirectional bandwidth is halved
 # for one direction, and a collective along one mesh axis is given one dimension of the torus:
 # bandwidth / dimensions. Their data-centre network joins pods (50 or 100 Gbit/s a chip).

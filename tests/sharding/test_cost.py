@@ -112,6 +112,15 @@ def test_less_of_a_figure_takes_longer():
 def test_the_papers_speed_limit_of_decoding():
     # (1 + 2) bytes x 32 tokens x 9 experts x 7000 over 50 GB/s: 120.96 us (ISCA, section 2.3.2).
     sent = Transfer("dispatch and combine", "all-to-all", ("expert",), 3 * 32 * 9 * 7000.0, 0,
-                    False, group=(10**9, 1))  # fmt: skip
+                    False, group=(40, 1))  # fmt: skip
     seconds = transfer_terms(sent, {"expert": 320}, ACCELERATORS["h200"]).network
-    assert seconds == pytest.approx(120.96e-6, rel=1e-6)
+    assert seconds == pytest.approx(120.96e-6 * 39 / 40, rel=1e-6)
+
+
+def test_messages_between_nodes_below_one_switch_arrive_sooner():
+    hardware = ACCELERATORS["h200"]
+    gather = Transfer("weights", "all-gather", ("fsdp",), 1.0, 1, True)
+    latency = lambda mesh: transfer_terms(gather, mesh, hardware).messages
+    # Groups of four nodes: neighbours, which share a leaf of 32 nodes, or 64 nodes apart.
+    assert latency({"data": 64, "fsdp": 4, "expert": 8}) == pytest.approx(2 * 2.8e-6)
+    assert latency({"fsdp": 4, "expert": 512}) == pytest.approx(2 * 3.7e-6)
