@@ -49,7 +49,7 @@ class ModelConfig:
     experts_per_token: int  # K
     num_groups: int = 1  # G
     groups_per_token: int = 1  # the node limit M
-    score: Score = "sigmoid"  # sigmoid comes with the routing bias, softmax without
+    score: Score = "sigmoid"  # V3's router; softmax: V2's
     normalize_weights: bool = True  # routing weights of a token sum to route_scale
     route_scale: float = 1.0
     num_mtp: int = 0  # depth of multi-token prediction
@@ -102,7 +102,7 @@ class ModelConfig:
                 f"experts of groups_per_token={self.groups_per_token} groups"
             )
         grouped = self.num_groups > self.groups_per_token
-        if self.score == "sigmoid" and grouped and self.experts_per_group < 2:
+        if grouped and self.experts_per_group < self.best_per_group:
             raise ValueError(
                 f"num_groups={self.num_groups} leaves {self.experts_per_group} expert a group; "
                 "groups are scored by their two best experts, so use fewer groups"
@@ -125,6 +125,16 @@ class ModelConfig:
     @property
     def experts_per_group(self) -> int:
         return self.num_experts // self.num_groups
+
+    @property
+    def has_routing_bias(self) -> bool:
+        """Whether experts have a bias that evens out their load: V3's do, V2's do not."""
+        return self.score == "sigmoid"
+
+    @property
+    def best_per_group(self) -> int:
+        """How many of its best experts score a group: two in V3, one in V2."""
+        return 2 if self.score == "sigmoid" else 1
 
     @property
     def shared_ffn_dim(self) -> int:

@@ -117,7 +117,7 @@ def exists(config: ModelConfig, path: str) -> bool:
         return (config.query_latent_dim is None) == (name == "wq_NAD")
     if ".shared." in path:
         return config.num_shared_experts > 0
-    return name != "bias_E" or config.score == "sigmoid"
+    return name != "bias_E" or config.has_routing_bias
 
 
 def entries(config: ModelConfig) -> Iterator[Entry]:

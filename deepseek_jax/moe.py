@@ -38,7 +38,7 @@ class MoE(nnx.Module):
         self.combine = "bf16"  # a key of Precision.combine; the model says which
         D, E, F = config.model_dim, config.num_experts, config.expert_ffn_dim
         self.router_ED = normal(rngs, (E, D), config)
-        if config.score == "sigmoid":
+        if config.has_routing_bias:
             self.bias_E = RoutingBias(jnp.zeros((E,), jnp.float32))
         self.w_gate_EFD = normal(rngs, (E, F, D), config)
         self.w_up_EFD = normal(rngs, (E, F, D), config)
@@ -52,7 +52,7 @@ class MoE(nnx.Module):
         """Returns the output and the load. Tokens that are not valid do not count in the load."""
         config = self.config
         score_BTE = scores(fp8.values(x_BTD), self.router_ED[...], config)
-        bias_E = self.bias_E[...] if config.score == "sigmoid" else None
+        bias_E = self.bias_E[...] if config.has_routing_bias else None
         expert_BTK, weight_BTK = route(score_BTE, bias_E, config)
         weights = (self.w_gate_EFD[...], self.w_up_EFD[...], self.w_down_EDF[...])
         experts = functools.partial(
@@ -111,11 +111,11 @@ def route(
 def limit_groups(biased_BTE: Float[Array, "B T E"], config: ModelConfig) -> jax.Array:
     """-inf outside the best groups (node-limited routing, ISCA section 4.3).
 
-    A group counts by the sum of its two best biased scores; with softmax (V2) by its best.
+    A group counts by the sum of its two best biased scores in V3, by its best score in V2.
     """
     G, M = config.num_groups, config.groups_per_token
     grouped = biased_BTE.reshape(*biased_BTE.shape[:-1], G, config.experts_per_group)
-    if config.score == "sigmoid":
+    if config.best_per_group == 2:
         # As two maxima: XLA gathers the operand of a top-k of these shapes over the whole mesh.
         best = jnp.argmax(grouped, axis=-1, keepdims=True)
         ids = jnp.arange(grouped.shape[-1], dtype=best.dtype)[None, None, None, :]
