@@ -1,7 +1,7 @@
 """FP8 quantisation: contracts, checks and the choice of implementation.
 
 The scale of a tile is amax / 448 in FP32 (or that rounded up to a power of two), amax floored at
-1e-4, so a tile of zeros has codes of 0 and a finite scale. Codes saturate at +-448. A NaN or an
+1e-30, so a tile of zeros has codes of 0 and a finite scale. Codes saturate at +-448. A NaN or an
 infinity in a tile makes its scale NaN: it reaches every product of the tile, and is never a finite
 number. The contraction dimension of codes is padded with zeros to a multiple of 128.
 """

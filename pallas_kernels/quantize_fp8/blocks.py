@@ -16,6 +16,7 @@ from pallas_kernels.quantize_fp8.encode import (
     TILE,
     WGMMA,
     identity,
+    inverse,
     round_up,
     scale_of,
     transposed,
@@ -57,8 +58,9 @@ def _body(w_gmem, code_gmem, scale_gmem, turned_gmem, turned_scale_gmem, *refs, 
         values = lambda half: mosaic.load(w_smem.at[half], WGMMA).astype(jnp.float32)
         amax = [jnp.max(jnp.abs(values(half)), axis=1) for half in HALVES]
         scale = scale_of(jnp.max(jnp.maximum(*amax), axis=0), power_of_two)
+        factor = 1 / scale if power_of_two else inverse(scale)
         for half in HALVES:
-            codes = (values(half) * (1 / scale)).astype(F8)
+            codes = (values(half) * factor).astype(F8)
             code_smem[half] = codes
             tile_smem[half] = codes.astype(jnp.float32).astype(BF16)
         scale_gmem[group, row, column] = scale

@@ -40,7 +40,7 @@ def expected_tiles(x_MK, power_of_two=False):
     for row in range(x.shape[0]):
         for block in range(blocks):
             tile = x[row, block * 128 : (block + 1) * 128]
-            scale = np.float32(max(np.abs(tile).max(), np.float32(1e-4))) * np.float32(1 / 448)
+            scale = np.float32(max(np.abs(tile).max(), np.float32(1e-30))) * np.float32(1 / 448)
             if power_of_two:
                 scale = np.float32(2.0 ** np.ceil(np.log2(np.float64(scale))))
             scales[block, row] = scale
