@@ -101,15 +101,30 @@ def pieces_of(total, tiles):
     return (total[:, start : start + width] for start in range(0, tiles.columns, width))
 
 
-def store(pieces, out_gmem: Callable, out_smem, tiles, *, add: bool = False):
+def fetch_sums(out_gmem: Callable, out_smem, sums, tiles):
+    """Begins to fetch what a warpgroup's 64 rows are to be added to into its store buffers."""
+    warpgroup, width = lax.axis_index("warpgroup"), tiles.store_columns
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    for piece in range(tiles.store_buffers):
+        source, target = out_gmem(piece * width, width), out_smem.at[warpgroup, piece]
+        plgpu.copy_gmem_to_smem(source, target, sums.at[warpgroup])
+
+
+def store(pieces, out_gmem: Callable, out_smem, tiles, *, add: bool = False, sums=()):
     """Writes the pieces of a warpgroup's 64 rows through shared memory, or adds them.
 
-    A piece waits only until the copy that last used its buffer has read it.
+    A piece waits only until the copy that last used its buffer has read it. With a barrier of
+    `sums`, it is added to what `fetch_sums` brought there.
     """
     warpgroup, width = lax.axis_index("warpgroup"), tiles.store_columns
+    for barrier in sums:
+        plgpu.barrier_wait(barrier.at[warpgroup])
     for piece, values in enumerate(pieces):
         buffer = out_smem.at[warpgroup, piece % tiles.store_buffers]
-        plgpu.wait_smem_to_gmem(tiles.store_buffers - 1, wait_read_only=True)
+        if sums:
+            values += mosaic.load(buffer, plgpu.Layout.WGMMA)
+        else:
+            plgpu.wait_smem_to_gmem(tiles.store_buffers - 1, wait_read_only=True)
         buffer[...] = values.astype(out_smem.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(

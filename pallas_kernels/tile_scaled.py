@@ -3,7 +3,13 @@
 w[g] = sum over the tokens m of group g of outer(y[:, m], x[:, m]). Both operands come transposed,
 with tokens contiguous, since FP8 WGMMA contracts the last dimension only; a tile of 128 tokens has
 one scale per row of y and one per row of x. The structure is pipeline.py's, as in block_scaled.py;
-the column scales take columns / 4 more registers, so three compute warpgroups fit with 96 columns.
+the column scales take columns / 4 more registers: those that do not fit beside a product and its
+sum are loaded while the product is added. So scales have a ring of their own, one stage longer: a
+stage of codes is free as soon as the product is made.
+
+Shared memory is what limits it, 128 bytes a cycle: a step of 128 tokens of 192 x 96 columns reads
+60 KiB for the products and 21 KiB of column scales and is written 36 KiB, which takes 936 cycles
+where the tensor cores need 576; 192 x 128 takes 1112 for a third more work.
 """
 
 import dataclasses
@@ -35,11 +41,19 @@ class Tiles:
     band: int = 8
     pair: bool = True
     memory_registers: int = 40
+    # Accumulating: what is there is fetched behind the products, added in registers and written
+    # back; otherwise the L2 cache adds what is stored.
+    fetch_sums: bool = False
 
     def __post_init__(self):
         if self.columns % 8 or self.columns > 256:
             raise ValueError(f"{self.columns=} must be a multiple of 8 up to 256")
         pipeline.check_store(self)
+        if self.fetch_sums and self.columns != self.store_columns * self.store_buffers:
+            raise ValueError(
+                f"{self.fetch_sums=} needs a whole tile in store buffers: {self.store_buffers=} of "
+                f"{self.store_columns=} are not {self.columns=}"
+            )
 
     @property
     def rows(self) -> int:
@@ -48,91 +62,108 @@ class Tiles:
 
 def _body(y_gmem, x_gmem, y_scale_gmem, x_scale_gmem, starts_gmem, sizes_gmem, *refs, tiles, add):
     """Group g has the tokens starts[g] to starts[g] + sizes[g], both multiples of 128."""
-    w_gmem, y_smem, x_smem, y_scale_smem, x_scale_smem, w_smem, full, free = refs
+    w_gmem, y_smem, x_smem, y_scale_smem, x_scale_smem, sums, w_smem, full, free = refs
     warpgroup = lax.axis_index("warpgroup")
     num_groups, n, k = w_gmem.shape
     row_tiles, pairs = pl.cdiv(n, tiles.rows), pipeline.column_pairs(k, tiles)
-    next_slot = functools.partial(pipeline.next_slot, stages=tiles.stages)
+    zero = jnp.int32(0)
+
+    def next_slots(slot, scale_slot):
+        return (
+            pipeline.next_slot(slot, tiles.stages),
+            pipeline.next_slot(scale_slot, tiles.stages + 1),
+        )
 
     def loop(body):
         grid = (num_groups, row_tiles * pairs)
 
-        @plgpu.nd_loop(grid, collective_axes="cluster", init_carry=jnp.int32(0))
+        @plgpu.nd_loop(grid, collective_axes="cluster", init_carry=(zero, zero))
         def last(info, carry):
             group, index = info.index
             row, column = pipeline.tile_at(index, row_tiles, pairs, tiles, 1)
             steps = lax.div(sizes_gmem[group], jnp.int32(DEPTH))
             return body(group, steps, row * tiles.rows, column * tiles.columns, carry)
 
-        return last
+        return last[0]
 
-    def fetch(group, steps, row, column, slot):
+    def fetch(group, steps, row, column, slots):
         first = lax.div(starts_gmem[group], jnp.int32(DEPTH))
         rows, columns = pl.ds(row, tiles.rows), pl.ds(column, tiles.columns)
 
-        def fill(i, slot):
+        def fill(i, slots):
+            slot, scale_slot = slots
             plgpu.barrier_wait(free.at[slot])
             block = first + i
             depth = pl.ds(block * DEPTH, DEPTH)
             shared = pipeline.shared_by_pair(tiles)
             copy = lambda source, target, **options: plgpu.copy_gmem_to_smem(
-                source, target.at[slot], full.at[slot], **options
+                source, target, full.at[slot], **options
             )
-            copy(y_gmem.at[rows, depth], y_smem, **shared)
-            copy(x_gmem.at[columns, depth], x_smem)
-            copy(y_scale_gmem.at[block, rows], y_scale_smem)
-            copy(x_scale_gmem.at[block, columns], x_scale_smem)
-            return next_slot(slot)
+            copy(y_gmem.at[rows, depth], y_smem.at[slot], **shared)
+            copy(x_gmem.at[columns, depth], x_smem.at[slot])
+            copy(y_scale_gmem.at[block, rows], y_scale_smem.at[scale_slot])
+            copy(x_scale_gmem.at[block, columns], x_scale_smem.at[scale_slot])
+            return next_slots(*slots)
 
-        return lax.fori_loop(0, steps, fill, slot)
+        return lax.fori_loop(0, steps, fill, slots)
 
-    def produce(group, steps, row, column, slot):
+    def produce(group, steps, row, column, slots):
         own = pl.ds(warpgroup * 64, 64)
         shape, piece_shape = (64, tiles.columns), (64, tiles.store_columns)
         layout = plgpu.Layout.WGMMA
+        rows = pl.ds(row + warpgroup * 64, 64)
+        out = lambda start, width: w_gmem.at[group, rows, pl.ds(column + start, width)]
 
-        # Column scales are loaded behind the products as far as registers are left by a product and
+        # Column scales are loaded before the products as far as registers are left by a product and
         # its sum, which take one a column; the others when they are needed.
         spare = mosaic.compute_registers(tiles.warpgroups, tiles.memory_registers)
         spare -= tiles.columns + 24
         pieces = range(0, tiles.columns, tiles.store_columns)
-        count = min(len(pieces), 4 * spare // tiles.store_columns)
-        early, late = pieces[:count], pieces[count:]
+        count = max(0, min(len(pieces), 4 * spare // tiles.store_columns))
+        early = pieces[:count]
 
         def step(i, carry):
-            slot, totals = carry
+            slot, scale_slot, totals = carry
+            if sums:
+                # The last tile was read from the store buffers long ago.
+                pl.when(i == jnp.minimum(1, steps - 1))(
+                    lambda: pipeline.fetch_sums(out, w_smem, sums[0], tiles)
+                )
             plgpu.barrier_wait(full.at[slot])
-            y_scale = mosaic.load(y_scale_smem.at[slot, own], layout.reduce(1))
+            y_scale = mosaic.load(y_scale_smem.at[scale_slot, own], layout.reduce(1))
             by_row = lax.broadcast_in_dim(y_scale, piece_shape, (0,))
 
             def column_scale(start):
                 columns = pl.ds(start, tiles.store_columns)
-                scale = mosaic.load(x_scale_smem.at[slot, columns], layout.reduce(0))
+                scale = mosaic.load(x_scale_smem.at[scale_slot, columns], layout.reduce(0))
                 return lax.broadcast_in_dim(scale, piece_shape, (1,))
+
+            scales = [column_scale(start) for start in early]
 
             def multiply(acc):
                 plgpu.wgmma(acc, y_smem.at[slot, own], mosaic.transpose(x_smem.at[slot]))
-                scales = [column_scale(start) for start in early]
                 part = plgpu.wgmma_accumulator_load(acc, wait_n=0)
-                if not late:
-                    plgpu.barrier_arrive(free.at[slot])
+                plgpu.barrier_arrive(free.at[slot])
                 found = []
                 for j, (start, total) in enumerate(zip(pieces, totals, strict=True)):
                     by_column = scales[j] if j < len(scales) else column_scale(start)
                     piece = part[:, start : start + tiles.store_columns]
                     found.append(total + piece * by_column * by_row)
-                if late:
-                    plgpu.barrier_arrive(free.at[slot])
                 return tuple(found)
 
-            return next_slot(slot), pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+            totals = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+            return *next_slots(slot, scale_slot), totals
 
         zeros = plgpu.layout_cast(jnp.zeros(piece_shape, jnp.float32), layout)
-        slot, totals = lax.fori_loop(0, steps, step, (slot, (zeros,) * len(pieces)))
-        rows = pl.ds(row + warpgroup * 64, 64)
-        out = lambda start, width: w_gmem.at[group, rows, pl.ds(column + start, width)]
-        pipeline.store(totals, out, w_smem, tiles, add=add)
-        return slot
+        *slots, totals = lax.fori_loop(0, steps, step, (*slots, (zeros,) * len(pieces)))
+        if add:
+            # Nothing is added for a group without tokens.
+            pl.when(steps > 0)(
+                lambda: pipeline.store(totals, out, w_smem, tiles, add=not sums, sums=sums)
+            )
+        else:
+            pipeline.store(totals, out, w_smem, tiles)
+        return tuple(slots)
 
     pipeline.specialise(lambda: loop(fetch), lambda: loop(produce), free, tiles)
 
@@ -163,6 +194,8 @@ def matmul(
     # the axes of a mesh.
     in_place = jax.__version_info__ >= (0, 11) and not mosaic.varying_axes(y_NM)
     add = accumulator_GNK is not None and in_place
+    scales = lambda size: plgpu.SMEM((tiles.stages + 1, size), jnp.float32)
+    sums = plgpu.Barrier(num_arrivals=tiles.store_buffers, num_barriers=tiles.warpgroups)
     kernel = pipeline.launch(
         functools.partial(_body, add=add),
         name=name,
@@ -172,9 +205,10 @@ def matmul(
         operands=[
             pipeline.ring(tiles, (tiles.rows, DEPTH), F8),
             pipeline.ring(tiles, (tiles.columns, DEPTH), F8),
-            pipeline.ring(tiles, (tiles.rows,), jnp.float32, swizzle=False),
-            pipeline.ring(tiles, (tiles.columns,), jnp.float32, swizzle=False),
+            scales(tiles.rows),
+            scales(tiles.columns),
         ],
+        more=[[sums] if add and tiles.fetch_sums else []],
         store_type=out_type,
         arrivals=4,
         interpret=interpret,

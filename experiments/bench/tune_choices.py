@@ -81,8 +81,8 @@ def dense() -> Iterator[Choice]:
         )
 
 
-def with_rows(tiles: Tiles, m: int, n: int) -> Tiles:
-    row_tiles = dense_fp8.balanced_row_tiles(m, n, tiles, cores())
+def with_rows(tiles: Tiles, m: int, n: int, k: int) -> Tiles:
+    row_tiles = dense_fp8.balanced_row_tiles(m, n, up(k, 128), tiles, cores())
     return dataclasses.replace(tiles, row_tiles=row_tiles)
 
 
@@ -91,7 +91,7 @@ def dense_choice(table, key, m, n, k, found) -> Choice:
 
     def program(tiles):
         if table == "TILES":
-            tiles = with_rows(tiles, m, n)
+            tiles = with_rows(tiles, m, n, k)
         return retiled(case.programs["ours"], tiles)
 
     return of_case(case, op="matmul_fp8", table=table, key=key, variants=found, program=program)

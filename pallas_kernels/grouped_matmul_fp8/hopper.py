@@ -16,7 +16,7 @@ TILES = block_scaled.Tiles(band=16)
 # Over torch's BF16 `_grouped_mm` for (4096, 7168), (7168, 2048): 8 groups 1.12, 1.25; 32 groups
 # 1.07, 1.14. Adding to an accumulator takes 0.80 to 1.05 of the speed.
 GRADIENT_TILES = tile_scaled.Tiles(
-    columns=96, warpgroups=3, stages=4, store_buffers=3, band=16, memory_registers=24
+    3, 96, 4, store_columns=96, store_buffers=1, band=16, memory_registers=24
 )
 
 

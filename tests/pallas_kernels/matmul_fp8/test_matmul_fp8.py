@@ -153,6 +153,8 @@ GRADIENT_TILES = [
     hopper.GRADIENT_TILES,
     tile_scaled.Tiles(3, 128, 4, 32, 2, memory_registers=24),
     tile_scaled.Tiles(3, 128, 3, 32, 4, memory_registers=24),
+    tile_scaled.Tiles(3, 128, 3, 128, 1, memory_registers=24, fetch_sums=True),
+    tile_scaled.Tiles(2, 192, 4, 32, 2, memory_registers=24),
     tile_scaled.Tiles(2, 160, 4, 32, 1),
 ]
 
@@ -180,6 +182,14 @@ def test_row_tiles_balance_the_blocks():
     assert hopper.tiles_of(4096, 4096, 7168, 132).row_tiles == 24
     # 32 tiles each already.
     assert hopper.tiles_of(4096, 24576, 1536, 132).row_tiles == 22
+    # What runs at once exceeds the L2 cache: tiles must stay in step.
+    assert hopper.tiles_of(4096, 7168, 16384, 132).row_tiles == 22
+
+
+def test_few_rows_take_narrow_tiles_unless_the_sms_would_run_more_rounds():
+    columns = lambda rows, n: hopper.tiles_of(rows, n, 512, 132).columns
+    assert [columns(64, n) for n in (2112, 4096, 7168, 24576, 32768)] == [32, 32, 64, 64, 128]
+    assert [columns(128, n) for n in (2112, 4096, 7168, 32768)] == [32, 32, 64, 128]
 
 
 def test_odd_tiles_are_refused():
@@ -189,6 +199,8 @@ def test_odd_tiles_are_refused():
         block_scaled.Tiles(warpgroups=4)
     with pytest.raises(ValueError, match="columns=264"):
         tile_scaled.Tiles(columns=264)
+    with pytest.raises(ValueError, match="whole tile in store buffers"):
+        tile_scaled.Tiles(store_buffers=2, fetch_sums=True)
 
 
 def call(m=8, n=16, k=128, a=F8, b=F8, a_scale=(1, 8), b_scale=(1, 32), **options):
@@ -229,7 +241,7 @@ def test_bad_input_is_refused(bad, message):
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter needs jax >= 0.11")
-@pytest.mark.parametrize("case", ["dense", "by_rows", "by_contraction"])
+@pytest.mark.parametrize("case", ["dense", "by_rows", "by_contraction", "by_contraction_added"])
 def test_interpreted(case):
     # After an error the interpreter's process is of no use, so each case has its own.
     run = subprocess.run(
