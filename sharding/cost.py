@@ -150,6 +150,11 @@ def transfer_terms(transfer: Transfer, mesh: Mapping[str, int], hardware: Accele
     group = group_size(transfer, mesh)
     if group == 1:
         return Terms()
+    if hardware.platform == "cpu":
+        # Devices of one process, which scatter no sums: they meet and copy in its memory.
+        kind = transfer.kind.replace("reduce-scatter", "all-reduce")
+        network = sent_bytes(kind, transfer.bytes, group) / hardware.inner.bandwidth
+        return Terms(network=network, messages=transfer.times * hardware.inner.latency)
     if transfer.group is not None:
         inside = transfer.group[1]
     else:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.fp8 import falls_on_blocks
 from deepseek_jax.linear import DTYPES
+from deepseek_jax.moe import row_alignment
 from experiments.planning.setup import Setup
 from experiments.planning.weights import (
     WHOLE,
@@ -133,6 +134,7 @@ def step_work(setup: Setup) -> list[Work]:
     """The work of a step on a device."""
     run, mesh, config = setup.run, setup.mesh, setup.run.config
     again, fp8 = AGAIN[run.remat], is_fp8(setup)
+    on_cpu = setup.cluster.accelerator.platform == "cpu"
     found = []
     for part, forward in forward_flops(setup).items():
         times = 1.0 + BACKWARD_OVER_FORWARD + again.get(part, 0.0)
@@ -141,16 +143,21 @@ def step_work(setup: Setup) -> list[Work]:
             times -= 1.0
         if part == "MTP":
             times += again.get("attention", 0.0)
+        if part == "routed experts" and on_cpu:
+            # Kernels pass over rows of buffers that hold no token, the reference does not.
+            times *= setup.scheme.room or 1.0
         total = forward * times * setup.accumulation
         in_fp8 = fp8 and part not in ("attention core", "router", "head and loss")
         found.append(Work(part, 0.0 if in_fp8 else total, total if in_fp8 else 0.0))
-    layers = config.num_layers + config.num_mtp
+    layers, moe = config.num_layers + config.num_mtp, num_moe(setup)
     rows = config.experts_per_token * (setup.scheme.room or 1.0)
-    elements = config.model_dim * (PASSES + 6 * rows)
-    elements += 12 * rows * config.expert_ffn_dim
-    tokens = setup.accumulation * layers * setup.tokens / mesh["tensor"]
-    elementwise = tokens * elements * itemsize(setup)
+    # Devices of the tensor axis share the sequence and hidden channels, but each has all rows.
+    elements = layers * config.model_dim * PASSES / mesh["tensor"]
+    elements += moe * rows * (6 * config.model_dim + 12 * config.expert_ffn_dim / mesh["tensor"])
+    elementwise = setup.accumulation * setup.tokens * elements * itemsize(setup)
     found.append(Work("norms, casts, copies", bytes=elementwise))
+    if on_cpu and moe:
+        found.append(Work("blocks of experts", bytes=block_bytes(setup) * moe))
     # Read: gradient, master, moments; written: master, moments; and the norm reads gradients.
     state = sum(w.size / shards(w.stored, mesh) for w in weights(config, mesh))
     each = 4 + 2 * (4 + 2 * jnp.dtype(DTYPES[run.precision.moments]).itemsize) + 4
@@ -160,6 +167,29 @@ def step_work(setup: Setup) -> list[Work]:
     found.append(Work("weights and gradients",
                       bytes=setup.accumulation * (used * 3 * itemsize(setup) + state * 12)))
     return found
+
+
+def num_moe(setup: Setup) -> int:
+    """Layers with experts, those of MTP modules too."""
+    config = setup.run.config
+    return config.num_moe_layers + (config.num_mtp if config.num_moe_layers else 0)
+
+
+def block_bytes(setup: Setup) -> float:
+    """What a layer's experts read and write in a step by the reference, which a CPU runs.
+
+    It multiplies blocks of rows, each with its own copy of its expert's weights, written and read;
+    backward again, and each block writes a weight gradient that is then read and added to a sum.
+    """
+    config, run = setup.run.config, setup.run
+    rows = setup.tokens * config.experts_per_token
+    block = row_alignment(rows, config.num_experts)
+    held = config.num_experts // setup.mesh["expert"]
+    blocks = rows * (setup.scheme.room or 1.0) / block + held * (1 - 1 / block)
+    size = 3 * config.model_dim * config.expert_ffn_dim / setup.mesh["tensor"]
+    forward = 2 * itemsize(setup)
+    again = AGAIN[run.remat].get("routed experts", 0.0) * forward
+    return setup.accumulation * blocks * size * (2 * forward + again + 3 * 4)
 
 
 def gathers(weight: Weight, setup: Setup) -> list[tuple[float, int]]:
@@ -241,10 +271,10 @@ def hop_rows(setup: Setup) -> list[tuple[str, tuple[int, int], int]]:
 def expert_transfers(setup: Setup) -> list[Transfer]:
     """Dispatch and combine, forward and backward; work that does not need them is not at hand."""
     config, size, remat = setup.run.config, itemsize(setup), setup.run.remat
-    mtp = config.num_mtp if config.num_moe_layers else 0
-    times = setup.accumulation * (config.num_moe_layers + mtp)
+    moe = num_moe(setup)
+    times = setup.accumulation * moe
     # What is combined in an MTP module is computed again for the norm behind it.
-    again = setup.accumulation * mtp if remat != "none" else 0
+    again = setup.accumulation * (moe - config.num_moe_layers) if remat != "none" else 0
     D, K = config.model_dim, config.experts_per_token
     codes = D + 4 * (D // 128) if is_fp8(setup) else D * size
     # Forward, the gradient that goes back through combine, and once more where it is not kept.

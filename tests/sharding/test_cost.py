@@ -124,3 +124,12 @@ def test_messages_between_nodes_below_one_switch_arrive_sooner():
     # Groups of four nodes: neighbours, which share a leaf of 32 nodes, or 64 nodes apart.
     assert latency({"data": 64, "fsdp": 4, "expert": 8}) == pytest.approx(2 * 2.8e-6)
     assert latency({"fsdp": 4, "expert": 512}) == pytest.approx(2 * 3.7e-6)
+
+
+def test_devices_of_one_process_meet_once_and_sum_for_all():
+    cpu = ACCELERATORS["cpu"]
+    mesh = {"fsdp": 8}
+    terms = lambda kind: transfer_terms(Transfer("x", kind, ("fsdp",), 80.0, 3, True), mesh, cpu)
+    assert terms("reduce-scatter") == terms("all-reduce")
+    assert terms("all-reduce").network == pytest.approx(140 / cpu.inner.bandwidth)
+    assert terms("all-gather").messages == pytest.approx(3 * cpu.inner.latency)

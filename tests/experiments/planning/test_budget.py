@@ -13,6 +13,7 @@ from deepseek_jax.config import Precision, Schedule
 from deepseek_jax.counts import train_flops_per_token
 from deepseek_jax.training import abstract_state
 from experiments.planning.budget import (
+    block_bytes,
     forward_flops,
     hop_rows,
     memory,
@@ -167,3 +168,14 @@ def test_why_a_model_cannot_lie_on_a_mesh_names_both_values(mesh, precision, mes
 def test_a_mesh_that_is_none_is_refused(words, message):
     with pytest.raises(ValueError, match=message):
         mesh_of(words, 8)
+
+
+def test_blocks_of_experts_are_those_of_the_layout_that_dispatch_makes():
+    # 128 tokens of 2 choices on one of 8 devices with 2 of 16 experts, room for twice as many:
+    # blocks of 4 rows, and up to 3 rows of padding for each expert.
+    chosen = setup(TINY, cluster("cpux8"), mesh_of("expert=8", 8))
+    assert chosen.scheme.room == 2.0 and chosen.run.remat == "none"
+    blocks = (2 * 128 * 2 + 2 * 3) / 4
+    matrices = 3 * 128 * 64 * 4
+    # A copy written and read, forward and backward; a gradient written, read and added.
+    assert block_bytes(chosen) == blocks * matrices * 7
