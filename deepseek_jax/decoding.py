@@ -108,16 +108,24 @@ def drafted_step(model: Model, state: Decoding, sampling: Sampling, stop_N: jax.
     ahead, draft_logits_BDV, draft_BD, lost = draft_tokens(
         model, state.ahead, state.tokens_BS, state.length_B, sampling, state.key
     )
+    state = replace(state, ahead=ahead, lost=state.lost + lost)
+    return verified_step(model, state, draft_logits_BDV, draft_BD, sampling, stop_N)
+
+
+def verified_step(
+    model: Model, state: Decoding, draft_logits_BDV, draft_BD, sampling: Sampling, stop_N: jax.Array
+) -> Decoding:
+    """Reads the last known token of each text and the drafts after it, and keeps what holds."""
     start_B = state.length_B - 1
     last_B1 = window(state.tokens_BS, start_B, 1)
-    hidden_BWD, cache, more = decode(
+    hidden_BWD, cache, lost = decode(
         model, jnp.concatenate((last_B1, draft_BD), axis=1), state.cache, start_B
     )
     new_BW, accepted_B = verify(
         model.head(hidden_BWD), draft_logits_BDV, draft_BD, sampling, state.key, state.length_B
     )
-    ahead = next_ahead(ahead, hidden_BWD, start_B)
-    state = replace(state, cache=cache, ahead=ahead, lost=state.lost + lost + more)
+    ahead = next_ahead(state.ahead, hidden_BWD, start_B)
+    state = replace(state, cache=cache, ahead=ahead, lost=state.lost + lost)
     return commit(state, new_BW, accepted_B, stop_N)
 
 

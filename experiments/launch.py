@@ -1,5 +1,6 @@
 """`launch`: trains a recipe, from text on disk to a report one can read."""
 
+import contextlib
 import dataclasses
 import hashlib
 import platform
@@ -25,7 +26,7 @@ from experiments.assignments import assigned
 from experiments.command_line import program
 from experiments.data import TokenShards, is_shards, prepare, text_bytes
 from experiments.data.tokenizer import Tokenizer
-from experiments.devices import Devices, MeshArgs, devices_of
+from experiments.devices import Devices, MeshArgs, devices_of, make_cpu_devices
 from experiments.display import TrainingDisplay, duration
 from experiments.eval import compressors, recorded_shards, score, trained_model
 from experiments.imported import imported_run
@@ -48,7 +49,7 @@ class LaunchArgs(MeshArgs):
     """
 
     recipe: Annotated[str | None, tyro.conf.Positional] = None
-    """Name of the recipe: tiny, peer, deepseek_v3. When resuming, the run's own."""
+    """tiny, hundred_million, peer or deepseek_v3. When resuming, the run's own."""
     run: Path | None = None
     """Directory of the run; runs/RECIPE-DATE by default."""
     resume: bool = False
@@ -98,6 +99,7 @@ def launch(args: LaunchArgs) -> None:
         if code:
             raise SystemExit(code)
         return
+    make_cpu_devices(args.mesh, processes=place.count if place else 1)
     if place is not None:
         processes.join(place)
     with tempfile.TemporaryDirectory() as aside:
@@ -105,15 +107,28 @@ def launch(args: LaunchArgs) -> None:
 
 
 def run_here(args: LaunchArgs, aside: Path) -> None:
-    """Prepares data, trains, scores the validation text, samples and writes the report."""
+    """Plans the run, prepares its data and trains; the other processes write to `aside`."""
     run, name, directory = plan(args)
     agreement.on_configuration(run)
     if not processes.is_first():
         directory = RunDirectory(directory.path, aside=aside)
     devices = devices_of(args, run, batch=run.micro_batch)
-    with processes.first_before_others("data"):
-        shards = training_tokens(run, directory, resume=args.resume)
-    agreement.on_data(shards)
+    with contextlib.ExitStack() as stack:
+        with processes.first_before_others("data") as first:
+            if first:
+                stack.enter_context(directory.held())
+                if not args.resume:
+                    directory.check_new()
+            shards = training_tokens(run, directory, resume=args.resume)
+        agreement.on_data(shards)
+        train_on(args, run, name, directory, shards, devices)
+
+
+def train_on(
+    args: LaunchArgs, run: Run, name: str, directory: RunDirectory, shards: TokenShards,
+    devices: Devices,
+) -> None:
+    """Trains, scores the validation text, samples and writes the report."""
     source = batch_source(run, shards)
     checkpoints = Checkpoints(directory.checkpoints, keep=run.keep_checkpoints)
     imported = recorded_import(args, directory)
@@ -189,7 +204,6 @@ def training_tokens(run: Run, directory: RunDirectory, *, resume: bool) -> Token
     if resume:
         return recorded_shards(directory)
     if processes.is_first():
-        directory.create()
         print(f"preparing data in {directory.data}", flush=True)
     shards, _ = prepare(
         run.data,
@@ -279,7 +293,7 @@ def header(
         ("model", model_summary(run.config)),
         ("parameters", f"{counts['total']:,} in all, {counts['active']:,} active per token"),
         ("device", str(devices)),
-        ("precision", ", ".join(f"{k} {v}" for k, v in to_json(run.precision).items())),
+        ("precision", ", ".join(f"{k} {v}" for k, v in to_json(run.precision).items() if v)),
         ("data", f"{shards.train.num_documents:,} documents, {shards.train.num_bytes / 1e6:.1f} "
                  f"MB, {shards.train.num_tokens:,} tokens; {seen:.1f} passes"),
         ("step", f"{per_step} tokens, {run.steps:,} steps"),

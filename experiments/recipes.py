@@ -33,6 +33,52 @@ def tiny(steps: int | None = None) -> Run:
     )
 
 
+def hundred_million_config() -> ModelConfig:
+    """About 100 M parameters, a third of them active: for comparisons of decoding."""
+    return ModelConfig(
+        vocab_size=8192,
+        model_dim=512,
+        num_layers=8,
+        num_dense_layers=1,
+        num_heads=8,
+        content_head_dim=64,
+        rotary_head_dim=32,
+        value_head_dim=64,
+        query_latent_dim=384,
+        kv_latent_dim=256,
+        dense_ffn_dim=1408,
+        expert_ffn_dim=256,
+        num_experts=32,
+        num_shared_experts=1,
+        experts_per_token=4,
+        num_groups=4,
+        groups_per_token=2,
+        route_scale=2.5,
+        num_mtp=1,
+        max_length=2048,
+        init_std=0.02,
+    )
+
+
+def hundred_million(steps: int | None = None) -> Run:
+    """About 100 M parameters and an MTP module that learns to draft, on one GPU in minutes."""
+    steps = steps or 1500
+    seq_len, batch = 512, 32
+    tokens = steps * seq_len * batch
+    return Run(
+        config=hundred_million_config(),
+        steps=steps,
+        seq_len=seq_len,
+        micro_batch=batch,
+        batch_size=Schedule.constant(batch),
+        learning_rate=warmup_and_decay(1.5e-3, tokens=tokens, warmup=0.05 * tokens),
+        gamma=Schedule((Phase(tokens, 0.02, 0.001),)),
+        precision=Precision.of("bf16"),
+        checkpoint_every=steps,
+        keep_checkpoints=1,
+    )
+
+
 def peer_config() -> ModelConfig:
     """The 3.15 B parameter model that other trainers were measured with, 0.64 B active."""
     return ModelConfig(
@@ -115,7 +161,7 @@ def tokens_after(steps: int, batch_size: Schedule, *, seq_len: int, multiple: in
 
 
 RECIPES: dict[str, Callable[[int | None], Run]] = {
-    fn.__name__: fn for fn in (tiny, peer, deepseek_v3)
+    fn.__name__: fn for fn in (tiny, hundred_million, peer, deepseek_v3)
 }
 
 

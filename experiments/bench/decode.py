@@ -12,13 +12,13 @@ import tyro
 from flax import nnx
 
 from deepseek_jax import configs
-from deepseek_jax.config import ModelConfig, Precision
+from deepseek_jax.config import Precision
 from deepseek_jax.counts import param_counts
 from deepseek_jax.generate import generate_with_report
 from deepseek_jax.huggingface import save_huggingface
 from deepseek_jax.linear import DTYPES
 from deepseek_jax.model import Model
-from experiments.recipes import peer_config
+from experiments.recipes import hundred_million_config, peer_config
 from experiments.tables import print_table
 from sharding.hardware import ACCELERATORS
 
@@ -29,18 +29,11 @@ PRECISIONS = {
 }
 
 
-def hundred_million() -> ModelConfig:
-    """About 100 M parameters, a quarter of them active: for comparisons on a CPU."""
-    return ModelConfig(
-        vocab_size=8192, model_dim=512, num_layers=8, num_dense_layers=1, num_heads=8,
-        content_head_dim=64, rotary_head_dim=32, value_head_dim=64, query_latent_dim=384,
-        kv_latent_dim=256, dense_ffn_dim=1408, expert_ffn_dim=256, num_experts=32,
-        num_shared_experts=1, experts_per_token=4, num_groups=4, groups_per_token=2,
-        route_scale=2.5, num_mtp=1, max_length=2048, init_std=0.02,
-    )  # fmt: skip
-
-
-MODELS = {"hundred_million": hundred_million, "peer": peer_config, **configs.NAMED}
+MODELS = {
+    "hundred_million": hundred_million_config,
+    "peer": peer_config,
+    **configs.NAMED,
+}
 
 
 @dataclass(frozen=True)

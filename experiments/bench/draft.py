@@ -1,16 +1,20 @@
 """`bench draft`: what drafting with MTP modules gives on a run's validation text."""
 
-import statistics
+import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from deepseek_jax.decoding import advance
+from deepseek_jax.config import Precision
+from deepseek_jax.counts import param_counts
+from deepseek_jax.decoding import plain_step, verified_step
+from deepseek_jax.drafting import draft_tokens
 from deepseek_jax.generate import Text
 from deepseek_jax.model import Model
 from deepseek_jax.sampling import Sampling
@@ -35,6 +39,8 @@ class BenchDraftArgs:
     """New tokens of each text."""
     timed: int = 8
     """Prompts that are also timed one by one."""
+    precision: str | None = None
+    """fp32 or bf16; by default that of the run."""
     out: Path | None = None
     """Also draw the figures beside the paper's, to this file."""
     json: Path | None = None
@@ -44,7 +50,10 @@ class BenchDraftArgs:
 def bench_draft(args: BenchDraftArgs) -> None:
     """Prints one row, and draws it."""
     directory = RunDirectory(args.run)
-    model = trained_model(*load_run(directory))
+    run, state = load_run(directory)
+    if args.precision is not None:
+        run = dataclasses.replace(run, precision=Precision.of(args.precision))
+    model = trained_model(run, state)
     prompt_BT, lengths_B = prompts(directory, args.prompts)
     rows = figures(model, prompt_BT, lengths_B, args)
     print_table([rows], title=f"bench draft {args.run}", json_path=args.json)
@@ -70,49 +79,80 @@ def figures(model: Model, prompt_BT, lengths_B, args: BenchDraftArgs) -> dict[st
     for draft in (False, True):
         text = Text(model, prompt_BT, lengths_B=lengths_B, max_new_tokens=args.new, draft=draft)
         texts[draft] = text.new_tokens(*text.advance()[:2]), text.report
-    seconds = {False: 0.0, True: 0.0}
+    seconds = np.zeros((2,))
     for row in range(min(args.timed, len(prompt_BT))):
-        for draft in (False, True):
-            seconds[draft] += fastest(
-                model, prompt_BT[row : row + 1], lengths_B[row : row + 1], args.new, draft
-            )
-    cost = step_seconds(model, prompt_BT[:1], draft=True) / step_seconds(
-        model, prompt_BT[:1], draft=False
-    )
+        one = slice(row, row + 1)
+        seconds += fastest(model, prompt_BT[one], lengths_B[one], args.new)
+    plain, draft, verification = step_seconds(model, prompt_BT[:1])
     report = texts[True][1]
+    cost = (draft + verification) / plain
     return {
+        "device": jax.devices()[0].device_kind,
+        "precision": model.precision.matmul,
+        "parameters": param_counts(model.config).total,
         "same_texts": int((texts[False][0] == texts[True][0]).all(axis=1).sum()),
         "texts": len(prompt_BT),
         "acceptance": report.acceptance,
         "tokens_per_step": report.tokens_per_step,
-        "cost_of_a_step": cost,  # 1 + c: draft and verification over a plain step
+        "plain_ms": 1e3 * plain,
+        "draft_ms": 1e3 * draft,
+        "verify_ms": 1e3 * verification,
+        "cost_of_a_step": cost,  # 1 + c
         "expected_speed_up": report.tokens_per_step / cost,
-        "speed_up": seconds[False] / seconds[True],
+        "speed_up": seconds[0] / seconds[1],
     }
 
 
-def fastest(model: Model, prompt_BT, lengths_B, new: int, draft: bool) -> float:
-    """Seconds of the new tokens of one text, the prompt read before; the best of three."""
-    best = float("inf")
-    for _ in range(3):
-        text = Text(model, prompt_BT, lengths_B=lengths_B, max_new_tokens=new, draft=draft)
-        began = time.perf_counter()
-        text.advance()
-        best = min(best, time.perf_counter() - began)
+def fastest(model: Model, prompt_BT, lengths_B, new: int) -> np.ndarray:
+    """Seconds of the new tokens of one text without and with drafts: the best of five in turns."""
+    best = np.full((2,), np.inf)
+    for _ in range(5):
+        for draft in (False, True):
+            text = Text(model, prompt_BT, lengths_B=lengths_B, max_new_tokens=new, draft=draft)
+            jax.block_until_ready(text.state)  # the prompt is read
+            began = time.perf_counter()
+            text.advance()
+            best[int(draft)] = min(best[int(draft)], time.perf_counter() - began)
     return best
 
 
-def step_seconds(model: Model, prompt_BT, *, draft: bool) -> float:
-    """Seconds of a single step, apart from any text's: the median of many."""
-    room = model.config.max_length - prompt_BT.shape[1]
-    text = Text(model, prompt_BT, max_new_tokens=min(128, room), draft=draft)
-    step = jax.jit(lambda model, state: advance(model, state, Sampling(), text.stop_N, 1))
+def step_seconds(model: Model, prompt_BT) -> list[float]:
+    """Seconds of a plain step, of a draft, and of the verification of a draft, each apart.
+
+    Medians over many rounds in which each runs in turn, sixteen times in one program.
+    """
+    new = min(256, model.config.max_length - prompt_BT.shape[1])
+    text = Text(model, prompt_BT, max_new_tokens=new, draft=True)
+    sampling, stop_N = Sampling(), text.stop_N
+
+    def plain(model, state):
+        return plain_step(model, state, sampling, stop_N)
+
+    def draft(model, state):
+        ahead, _, draft_BD, _ = draft_tokens(
+            model, state.ahead, state.tokens_BS, state.length_B, sampling, state.key
+        )
+        # Never true, but then the next draft has to wait for this one.
+        tokens_BS = jnp.where(state.tokens_BS < 0, draft_BD[:, :1], state.tokens_BS)
+        return dataclasses.replace(state, ahead=ahead, tokens_BS=tokens_BS)
+
+    def verification(model, state):
+        draft_BD = jnp.broadcast_to(state.lost % 2, (1, model.config.num_mtp))
+        return verified_step(model, state, None, draft_BD, sampling, stop_N)
+
+    def sixteen(step):
+        every = lambda model, state: jax.lax.fori_loop(0, 16, lambda _, s: step(model, s), state)
+        return jax.jit(every)
+
+    steps = [sixteen(step) for step in (plain, draft, verification)]
     seconds = []
-    for _ in range(30):
-        began = time.perf_counter()
-        jax.block_until_ready(step(model, text.state))
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[5:])
+    for _ in range(20):
+        seconds.append([])
+        for step in steps:
+            began = time.perf_counter()
+            jax.block_until_ready(step(model, text.state))
+            seconds[-1].append((time.perf_counter() - began) / 16)
+    return np.median(seconds[3:], axis=0).tolist()
 
 
 def draw(row: dict[str, Any], path: Path) -> None:

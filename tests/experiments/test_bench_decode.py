@@ -41,7 +41,7 @@ def test_a_step_reads_active_weights_and_caches():
 
 
 def test_about_a_hundred_million_parameters():
-    counts = decode.param_counts(decode.hundred_million())
+    counts = decode.param_counts(decode.hundred_million_config())
     assert 0.9e8 < counts.total_without_mtp < 1.2e8 and counts.active < 0.4e8
     assert decode.PRECISIONS["fp32"] == Precision()
 
