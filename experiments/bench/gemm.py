@@ -85,7 +85,7 @@ def weight_gradient(tokens: int, n: int, k: int) -> Case:
     operands = (*tile_specs(n, tokens), *tile_specs(k, tokens))
     programs = {
         "ours, accumulating": Program(call, (*operands, spec((n, k), F32)), carried=True),
-        "ours": Program(lambda *operands: call(*operands, None), operands),
+        "ours": Program(lambda *operands, **options: call(*operands, None, **options), operands),
     }
     moved = tokens * (n + k) + 8 * n * k
     return Case("weight gradient", f"{n} x {k} of {tokens}", 2.0 * tokens * n * k, moved, programs)

@@ -77,15 +77,15 @@ def shape_name(sizes: np.ndarray, n: int, k: int) -> str:
     return f"{len(sizes)} groups, {n} x {k}"
 
 
-def fp8_rows(sizes: np.ndarray, n: int, k: int, section: str) -> Case:
+def fp8_rows(sizes: np.ndarray, n: int, k: int, section: str, buffer: int = ROWS) -> Case:
     groups, rows = len(sizes), int(sizes.sum())
     call = functools.partial(
         fp8.by_rows,
-        tiles=fp8.tiles_of(ROWS, groups, n, k),
+        tiles=fp8.tiles_of(buffer, groups, n, k),
         cores=cores(),
         out_dtype=jnp.dtype(BF16),
     )
-    operands = (*tile_specs(ROWS, k), *weight_specs(n, k, groups), *places(sizes))
+    operands = (*tile_specs(buffer, k), *weight_specs(n, k, groups), *places(sizes))
     peers = {}
     if section == "FP8 by rows":
         codes = (spec((ROWS, k), F8), spec((groups, n, k), F8))
@@ -99,19 +99,19 @@ def fp8_rows(sizes: np.ndarray, n: int, k: int, section: str) -> Case:
     return Case(section, name, 2.0 * rows * n * k, moved, {"ours": Program(call, operands)}, peers)
 
 
-def fp8_contraction(sizes: np.ndarray, n: int, k: int) -> Case:
-    groups = len(sizes)
-    tiles = fp8.gradient_tiles_of(ROWS, groups, n, k)
+def fp8_contraction(sizes: np.ndarray, n: int, k: int, buffer: int = ROWS) -> Case:
+    groups, rows = len(sizes), int(sizes.sum())
+    tiles = fp8.gradient_tiles_of(buffer, groups, n, k)
     call = functools.partial(fp8.by_contraction, tiles=tiles, cores=cores())
-    operands = (*tile_specs(n, ROWS), *tile_specs(k, ROWS), *places(sizes))
+    operands = (*tile_specs(n, buffer), *tile_specs(k, buffer), *places(sizes))
     total = spec((groups, n, k), F32)
     programs = {
         "ours, accumulating": Program(call, (*operands, total), carried=True),
-        "ours": Program(lambda *operands: call(*operands, None), operands),
+        "ours": Program(lambda *operands, **options: call(*operands, None, **options), operands),
     }
-    name, moved = shape_name(sizes, n, k), ROWS * (n + k) + 8 * groups * n * k
+    name, moved = shape_name(sizes, n, k), rows * (n + k) + 8 * groups * n * k
     peers = {PLAIN: (contraction, bf16_operands(n, k, sizes))}
-    return Case("FP8 weight gradient", name, 2.0 * ROWS * n * k, moved, programs, peers)
+    return Case("FP8 weight gradient", name, 2.0 * rows * n * k, moved, programs, peers)
 
 
 def bf16_rows(sizes: np.ndarray, n: int, k: int) -> Case:

@@ -212,7 +212,7 @@ def calls_of(case: Case, peers: bool, failed: list[str]) -> dict[str, Call]:
         if not program.carried:
             return Call(lambda: compiled(*operands))
         # It is overwritten.
-        operands[-1] = for_jax(arrays[-1])
+        operands[-1] = operands[-1].copy()
 
         def step():
             operands[-1] = compiled(*operands)

@@ -4,7 +4,6 @@ import dataclasses
 import importlib
 import json
 import os
-import queue
 import subprocess
 import sys
 import threading
@@ -33,16 +32,16 @@ STARTING = 20
 
 @dataclass(frozen=True)
 class BenchTuneArgs:
-    """Measure tiles for the shapes of a kernel benchmark and write the fastest into tables.
+    """Measure tiles for the shapes of the kernel benchmarks and write the fastest into tables.
 
     Every variant first runs in a process beside this one, with a time limit: one that hangs or
     fails is left out. The rest take turns on the same data, their results must agree, and the
     fastest replaces the present choice if it gains half a percent. The tables are
-    pallas_kernels/*/tuned.py.
+    pallas_kernels/*/tuned.py; each is written as soon as a shape is measured.
     """
 
-    family: Annotated[Literal["gemm", "grouped", "quantize"], tyro.conf.Positional]
-    """Which benchmark's shapes."""
+    family: Annotated[Literal["all", "gemm", "grouped", "quantize"], tyro.conf.Positional]
+    """Which benchmark's shapes; all: those that a training step gains most from come first."""
     only: str = ""
     """Choices whose name contains this; all by default."""
     jobs: int = dataclasses.field(default_factory=default_jobs)
@@ -56,32 +55,35 @@ class BenchTuneArgs:
 
 
 def bench_tune(args: BenchTuneArgs) -> None:
-    """Tries, measures and writes; two to four minutes a family on an H200 with 16 cores."""
+    """Tries, measures and writes; about four minutes for all on an H200 with 16 cores."""
     require_gpu("bench tune", torch=False)
     use_cache()
     began = time.monotonic()
     chosen = [choice for choice in CHOICES[args.family]() if args.only in choice.name]
     if not chosen:
         raise ValueError(f"no choice of {args.family} has {args.only!r} in its name")
-    failed = try_all(args, chosen)
-    timer, rows = Timer(torch=False), []
+    rows: list[dict[str, Any]] = []
     found: dict[str, dict[str, dict[tuple, tuple[Tiles, str]]]] = {}
-    for choice in chosen:
-        if time.monotonic() - began > args.limit:
-            print(f"left out: {choice.name}")
-            continue
-        names = [name for name in choice.variants if (choice.name, name) not in failed]
-        row, winner = measure(timer, choice, names)
-        rows.append(row)
-        if winner is not None:
-            entry = (choice.variants[winner], row["found"])
-            found.setdefault(choice.op, {}).setdefault(choice.table, {})[choice.key] = entry
-    for (name, variant), why in failed.items():
+    with Trials(args, chosen) as trials:
+        timer = Timer(torch=False)
+        for choice in chosen:
+            if not trials.ended(choice, began + args.limit - time.monotonic()):
+                print(f"left out: {choice.name}")
+                continue
+            failed = trials.failed
+            names = [name for name in choice.variants if (choice.name, name) not in failed]
+            row, winner = measure(timer, choice, names)
+            rows.append(row)
+            print(f"{round(time.monotonic() - began)} s", *row.values(), sep="; ", flush=True)
+            if winner is not None:
+                entry = (choice.variants[winner], row["found"])
+                tables = found.setdefault(choice.op, {})
+                tables.setdefault(choice.table, {})[choice.key] = entry
+                if args.write:
+                    write_tables(choice.op, tables)
+    for (name, variant), why in trials.failed.items():
         print(f"{name} {variant}: {why}")
     print_table(rows, title=f"bench tune {args.family}, {round(time.monotonic() - began)} s")
-    if args.write:
-        for op, tables in found.items():
-            write_tables(op, args.family, tables)
 
 
 def measure(timer: Timer, choice: Choice, names: Sequence[str]) -> tuple[dict, str | None]:
@@ -125,47 +127,67 @@ def agree(one: np.ndarray, other: np.ndarray) -> bool:
     return bool(np.linalg.norm(one - other) <= 1e-3 * size)
 
 
-def try_all(args: BenchTuneArgs, chosen: Sequence[Choice]) -> dict[tuple[str, str], str]:
-    """Compiles and runs every variant once in other processes; those that fail, and why."""
-    todo: queue.Queue[tuple[str, str]] = queue.Queue()
-    for choice in chosen:
-        for variant in choice.variants:
-            todo.put((choice.name, variant))
-    failed: dict[tuple[str, str], str] = {}
-    threads = [
-        threading.Thread(target=try_some, args=(args, todo, failed)) for _ in range(args.jobs)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return failed
+class Trials:
+    """Every variant compiled and run once on zeros, in order, by processes beside this one.
 
+    They go on while the choices before are measured: a run takes milliseconds, which a median of
+    thirty does not see.
+    """
 
-def try_some(args: BenchTuneArgs, todo: queue.Queue, failed: dict) -> None:
-    """Hands variants to a process one by one; a process that is silent too long is replaced."""
-    worker = None
-    while True:
-        try:
-            item = todo.get_nowait()
-        except queue.Empty:
-            break
-        if worker is None:
-            worker = start_worker(args.family)
-        worker.stdin.write(json.dumps(item) + "\n")
-        worker.stdin.flush()
-        timer = threading.Timer(args.seconds + STARTING, worker.kill)
-        timer.start()
-        answer = worker.stdout.readline().strip()
-        timer.cancel()
-        if answer != "ok":
-            failed[item] = answer or f"hung or died within {args.seconds + STARTING:g} s"
-        if not answer:
-            worker.kill()
+    def __init__(self, args: BenchTuneArgs, chosen: Sequence[Choice]):
+        self.failed: dict[tuple[str, str], str] = {}
+        self._args = args
+        self._todo = [(choice.name, variant) for choice in chosen for variant in choice.variants]
+        self._left = {choice.name: len(choice.variants) for choice in chosen}
+        self._changed = threading.Condition()
+        self._threads = [threading.Thread(target=self._try_some) for _ in range(args.jobs)]
+
+    def __enter__(self) -> "Trials":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        with self._changed:
+            self._todo.clear()
+        for thread in self._threads:
+            thread.join()
+
+    def ended(self, choice: Choice, seconds: float) -> bool:
+        """Whether all variants of a choice have been tried, within so many seconds."""
+        if seconds <= 0:
+            return False
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._left[choice.name], seconds)
+
+    def _try_some(self) -> None:
+        """Hands variants to a process one by one; one that is silent too long is replaced."""
+        worker = None
+        while True:
+            with self._changed:
+                if not self._todo:
+                    break
+                item = self._todo.pop(0)
+            if worker is None:
+                worker = start_worker(self._args.family)
+            worker.stdin.write(json.dumps(item) + "\n")
+            worker.stdin.flush()
+            timer = threading.Timer(self._args.seconds + STARTING, worker.kill)
+            timer.start()
+            answer = worker.stdout.readline().strip()
+            timer.cancel()
+            if not answer:
+                worker.kill()
+                end(worker)
+                worker = None
+            with self._changed:
+                if answer != "ok":
+                    limit = self._args.seconds + STARTING
+                    self.failed[item] = answer or f"hung or died within {limit:g} s"
+                self._left[item[0]] -= 1
+                self._changed.notify_all()
+        if worker is not None:
             end(worker)
-            worker = None
-    if worker is not None:
-        end(worker)
 
 
 def end(worker: subprocess.Popen) -> None:
@@ -202,7 +224,7 @@ def work(family: str) -> None:
             print(f"{type(error).__name__}: {text}", file=answers, flush=True)
 
 
-def write_tables(op: str, family: str, tables: Mapping[str, Mapping[tuple, tuple]]) -> None:
+def write_tables(op: str, tables: Mapping[str, Mapping[tuple, tuple]]) -> None:
     """Replaces entries of an op's tuned.py and keeps the others."""
     path = Path(ROOT, "pallas_kernels", op, "tuned.py")
     module = importlib.import_module(f"pallas_kernels.{op}.tuned")
@@ -224,7 +246,6 @@ def write_tables(op: str, family: str, tables: Mapping[str, Mapping[tuple, tuple
         body = "\n" + "\n".join(lines) + "\n" if lines else ""
         text = f"{head}{table}: {kind} = {{{body}}}{rest}"
     path.write_text(text)
-    print(f"wrote {path.relative_to(ROOT)}: {sum(map(len, tables.values()))} entries")
 
 
 def show_tiles(tiles: Tiles) -> str:

@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from experiments.bench import gemm, grouped, quantize
 from experiments.bench.kernel_data import up
@@ -51,12 +53,14 @@ def dense() -> Iterator[Choice]:
     big += [(4096, k, n) for n, k in gemm.V3]
     for m, n, k in big:
         make = block_scaled.Tiles
-        plain = {f"band{b}": make(band=b) for b in (4, 7, 8, 16)}
-        plain["wide"] = make(store_columns=64, store_buffers=1)
-        plain["stages5"] = make(stages=5, store_buffers=1)
+        plain = {f"band{b}": make(band=b) for b in (4, 8, 16)}
+        plain["wide"] = make(store_columns=64, store_buffers=2)
         # Row tiles are for a rule to choose, not for the table.
         present = dataclasses.replace(dense_fp8.tiles_of(m, n, up(k, 128), cores()), row_tiles=0)
         yield dense_choice("TILES", (n, up(k, 128)), m, n, k, variants(present, **plain))
+
+
+def few_rows() -> Iterator[Choice]:
     for m in (64, 128):
         for n, k in gemm.V3:
             make = functools.partial(block_scaled.Tiles, 1 if m == 64 else 2, memory_registers=40)
@@ -65,10 +69,12 @@ def dense() -> Iterator[Choice]:
                 "c64": make(64, 10 if m == 64 else 8, pair=False),
                 "c64.pair": make(64, 10 if m == 64 else 8),
                 "c128": make(128, 7 if m == 64 else 6, pair=False),
-                "c128.pair": make(128, 7 if m == 64 else 6),
             }
             present = dense_fp8.tiles_of(m, n, k, cores())
             yield dense_choice("FEW", (m, n, k), m, n, k, variants(present, **few))
+
+
+def dense_gradients() -> Iterator[Choice]:
     for n, k in gemm.V3:
         case = gemm.weight_gradient(4096, n, k)
         yield of_case(
@@ -98,15 +104,18 @@ def dense_choice(table, key, m, n, k, found) -> Choice:
 
 
 def gradients() -> dict[str, Tiles]:
-    three = functools.partial(tile_scaled.Tiles, 3, memory_registers=24)
+    three = functools.partial(tile_scaled.Tiles, 3, memory_registers=24, band=16)
+    two = functools.partial(tile_scaled.Tiles, 2, memory_registers=24, band=16)
     return {
-        "3x96": three(96, 4, 32, 3, band=16),
-        "3x96.band8": three(96, 4, 32, 3, band=8),
-        "3x128": three(128, 4, 32, 2, band=16),
+        "3x96": three(96, 4, 96, 1),
+        "3x96.fetch": three(96, 4, 96, 1, fetch_sums=True),
+        "3x128": three(128, 4, 32, 2),
         "3x128.band8": three(128, 4, 32, 2, band=8),
         # A whole tile in store buffers.
-        "3x128.whole": three(128, 3, 32, 4, band=16),
-        "2x128": tile_scaled.Tiles(2, 128, 5, 32, 2, band=16),
+        "3x128.whole": three(128, 3, 128, 1),
+        "3x128.fetch": three(128, 3, 128, 1, fetch_sums=True),
+        "2x160": two(160, 4, 80, 1),
+        "2x192": two(192, 4, 96, 1),
     }
 
 
@@ -120,40 +129,66 @@ def retiled(program: Program, tiles: Tiles) -> Program:
     return dataclasses.replace(program, function=changed)
 
 
+def expert_shapes(v3: Iterable[tuple[int, int]]) -> Iterator[tuple]:
+    """Sizes, N, K and the rows of the buffers: those of the peer-sized model, and V3's."""
+    # 64 experts of 1408 on 16,384 tokens, 6 experts each, and room for their padding.
+    peer = np.full(64, 1536, np.int32)
+    for n, k in ((1408, 2048), (2048, 1408)):
+        yield peer, n, k, 64 * (1536 + 128)
+    for groups in grouped.GROUPS:
+        for n, k in v3:
+            yield grouped.equal(groups), n, k, grouped.ROWS
+
+
+def expert_gradients() -> Iterator[Choice]:
+    for sizes, n, k, buffer in expert_shapes(grouped.WEIGHTS):
+        groups = len(sizes)
+        present = grouped_fp8.gradient_tiles_of(buffer, groups, n, k)
+        case = grouped.fp8_contraction(sizes, n, k, buffer)
+        # The peer's step has one micro-batch and adds nothing.
+        program = case.programs["ours, accumulating" if buffer == grouped.ROWS else "ours"]
+        yield of_case(
+            case,
+            op="grouped_matmul_fp8",
+            table="GRADIENT_TILES",
+            key=(buffer // groups, n, k),
+            variants=variants(present, **gradients()),
+            program=functools.partial(retiled, program),
+        )
+
+
 def experts() -> Iterator[Choice]:
+    for sizes, n, k, buffer in expert_shapes(grouped.SHAPES):
+        groups = len(sizes)
+        make, present = block_scaled.Tiles, grouped_fp8.tiles_of(buffer, groups, n, k)
+        found = {f"band{band}": make(band=band) for band in (8, 16, 32)}
+        found["wide"] = make(band=16, store_columns=64, store_buffers=2)
+        case = grouped.fp8_rows(sizes, n, k, "", buffer)
+        yield grouped_choice(
+            case,
+            "grouped_matmul_fp8",
+            "TILES",
+            (buffer // groups, n, k),
+            variants(present, **found),
+        )
+
+
+def experts_bf16() -> Iterator[Choice]:
+    make = bf16_tiles.Tiles
     for groups in grouped.GROUPS:
         sizes, each = grouped.equal(groups), grouped.ROWS // groups
         for n, k in grouped.SHAPES:
-            make, present = block_scaled.Tiles, grouped_fp8.tiles_of(grouped.ROWS, groups, n, k)
-            found = {f"band{band}": make(band=band) for band in (8, 16, 32)}
-            found["wide"] = make(band=16, store_columns=64, store_buffers=1)
-            found["two"] = make(2, 128, 6, band=16, memory_registers=40)
-            case = grouped.fp8_rows(sizes, n, k, "")
-            yield grouped_choice(
-                case, "grouped_matmul_fp8", "TILES", (each, n, k), variants(present, **found)
-            )
-            make = bf16_tiles.Tiles
             present = grouped_bf16.tiles_by_rows(grouped.ROWS, groups, n, k)
-            found = {"single": make(pair=False), "pair": make(), "narrow": make(192, 5, 64, 1)}
-            found["band8"] = make(band=8, pair=False)
+            found = {"single": make(pair=False), "pair": make(), "band8": make(band=8, pair=False)}
+            found["pair.band8"] = make(band=8)
             case = grouped.bf16_rows(sizes, n, k)
             yield grouped_choice(
                 case, "grouped_matmul", "TILES", (each, n, k), variants(present, **found)
             )
         for n, k in grouped.WEIGHTS:
-            present = grouped_fp8.gradient_tiles_of(grouped.ROWS, groups, n, k)
-            yield grouped_choice(
-                grouped.fp8_contraction(sizes, n, k),
-                "grouped_matmul_fp8",
-                "GRADIENT_TILES",
-                (each, n, k),
-                variants(present, **gradients()),
-            )
-            make = bf16_tiles.Tiles
             present = grouped_bf16.tiles_by_contraction(grouped.ROWS, groups, n, k)
             found = {"s4": make(256, 4, 32, 2, pair=False), "s3": make(256, 3, 32, 4)}
             found |= {"s4.pair": make(256, 4, 32, 2), "wide": make(256, 4, 64, 1, pair=False)}
-            found["band4"] = make(256, 4, 32, 2, band=4, pair=False)
             case = grouped.bf16_contraction(sizes, n, k)
             yield grouped_choice(
                 case, "grouped_matmul", "GRADIENT_TILES", (each, n, k), variants(present, **found)
@@ -197,4 +232,15 @@ def fits(form: Any, tiles: Tiles) -> bool:
     return tiles.blocks * (tiles.stages * stage + pieces + rest) <= 228 * 1024
 
 
-CHOICES = {"gemm": dense, "grouped": experts, "quantize": quantising}
+def joined(*parts: Callable[[], Iterator[Choice]]) -> Callable[[], Iterator[Choice]]:
+    return lambda: (choice for part in parts for choice in part())
+
+
+CHOICES = {
+    "gemm": joined(dense_gradients, dense, few_rows),
+    "grouped": joined(expert_gradients, experts, experts_bf16),
+    "quantize": quantising,
+    "all": joined(
+        expert_gradients, dense_gradients, experts, dense, experts_bf16, quantising, few_rows
+    ),
+}
