@@ -95,6 +95,19 @@ def make_batch(run, *, accumulation=1, seed=0):
     return {"tokens": weights.make_tokens(seed, run.config.vocab_size, shape)}
 
 
+def make_text(run, *, accumulation=1, seed=0):
+    """Tokens as make_batch makes them, nine tenths of which follow from the one before.
+
+    Their gradients add up as those of text do, and roundings of single tokens do not.
+    """
+    rng, shape = np.random.default_rng(seed), (accumulation, run.micro_batch)
+    tokens = [rng.integers(0, 16, shape)]
+    for _ in range(run.seq_len):
+        follows = rng.random(shape) < 0.9
+        tokens.append(np.where(follows, (5 * tokens[-1] + 1) % 16, rng.integers(0, 16, shape)))
+    return {"tokens": np.stack(tokens, axis=-1).astype(np.int32)}
+
+
 def on_device(tree):
     """Copies of numpy arrays that a program may take for its own."""
     return jax.tree.map(lambda leaf: jax.numpy.array(leaf, copy=True), tree)

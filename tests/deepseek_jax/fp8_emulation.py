@@ -35,7 +35,7 @@ bf16.defvjp(lambda x: (to_bf16(x), None), lambda _, g: (to_bf16(g),))
 
 def scale_of(amax, power_of_two):
     # In FP32, as is the ratio below: BF16 values lie at ties often, and their digits decide.
-    scale = jnp.maximum(amax.astype(jnp.float32), jnp.float32(1e-4)) * jnp.float32(1 / 448)
+    scale = jnp.maximum(amax.astype(jnp.float32), jnp.float32(1e-30)) * jnp.float32(1 / 448)
     return jnp.exp2(jnp.ceil(jnp.log2(scale))) if power_of_two else scale
 
 

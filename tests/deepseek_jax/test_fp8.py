@@ -47,7 +47,7 @@ def emulated(fn, *args):
 
 def e5m6_by_hand(x):
     """A tile of at most 128 numbers rounded to 6 bits of mantissa, ties to even, in numpy."""
-    scale = 2.0 ** np.ceil(np.log2(max(np.abs(x).max(), 1e-4) / 448))
+    scale = 2.0 ** np.ceil(np.log2(max(np.abs(x).max(), 1e-30) / 448))
     mantissa, exponent = np.frexp(x / scale)
     return np.ldexp(np.round(mantissa * 128) / 128, exponent) * scale
 

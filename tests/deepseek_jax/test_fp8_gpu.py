@@ -9,14 +9,16 @@ import pytest
 
 import deepseek_jax as ds
 from deepseek_jax import training
-from tests.configs import WIDE, make_batch, make_run
+from tests.configs import WIDE, make_run, make_text
 from tests.oracle import weights
 
 pytestmark = pytest.mark.gpu
 
-# Head sizes that cuDNN's attention takes, and tokens for more than one tile of 128.
+# Head sizes that cuDNN's attention takes, D and F that grouped BF16 products take, and tokens for
+# more than one tile of 128.
 CONFIG = dataclasses.replace(
-    WIDE, content_head_dim=128, rotary_head_dim=64, value_head_dim=128, max_length=256, num_mtp=0
+    WIDE, model_dim=320, content_head_dim=128, rotary_head_dim=64, value_head_dim=128,
+    max_length=256, num_mtp=0,
 )
 RUN = make_run(CONFIG, batch=2, seq_len=256, precision=ds.Precision.of("fp8"), remat="paper")
 # Far apart, biases impose the experts of every token, in every precision.
@@ -44,7 +46,7 @@ def gradients(run, params, biases, *, accumulation, device):
         return training.accumulate(run, given, batch, jnp.float32(0.0))
 
     with jax.default_device(device):
-        args = jax.device_put((params, biases, make_batch(run, accumulation=accumulation)), device)
+        args = jax.device_put((params, biases, make_text(run, accumulation=accumulation)), device)
         return jax.device_get(jax.jit(accumulate)(*args))
 
 
@@ -62,7 +64,7 @@ def test_kernels_make_the_gradients_of_the_references(drawn, accumulation):
     gpu, _ = gradients(RUN, *drawn, accumulation=accumulation, device=jax.devices()[0])
     cpu, _ = gradients(RUN, *drawn, accumulation=accumulation, device=jax.devices("cpu")[0])
     for name, cosine in cosines(gpu, cpu):
-        assert cosine >= (0.99 if "router" in name else 0.999), (name, cosine)
+        assert cosine >= 0.999, (name, cosine)
 
 
 def test_fp8_points_where_bf16_does_and_idle_experts_have_no_gradient(drawn):
