@@ -115,9 +115,10 @@ class Checkpoints:
         except Exception as error:
             which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
             reason = " ".join(str(error).split())[:200]
+            again = "resume from the last complete one" if self._manager.all_steps() else "resume"
             raise OSError(
-                f"{which} could not be written to {self.directory}; free space there and resume "
-                f"from the last complete one ({reason})"
+                f"{which} could not be written to {self.directory}; free space there and {again} "
+                f"({reason})"
             ) from error
 
 

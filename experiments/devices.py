@@ -1,6 +1,8 @@
 """The devices that a command runs on: its mesh, and how the mesh is used."""
 
+import contextlib
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -10,10 +12,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.config import Run
-from experiments.planning.setup import ROOM, mesh_name, mesh_of, meshes, refusal
+from experiments.planning.setup import ROOM, mesh_name, mesh_of, meshes, named_sizes, refusal
 from sharding.mesh import expert_nodes, make_mesh
 from sharding.placement import Scheme, scope
 from sharding.rules import ACTIVATIONS, BATCH_AXES, spec
+
+# An XLA flag that says how many devices the CPU stands for.
+FORCED = "xla_force_host_platform_device_count"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +57,19 @@ class Devices(NamedTuple):
 ONE_DEVICE = Devices(None, Scheme())
 
 
+def make_cpu_devices(mesh: str | None, *, processes: int = 1) -> None:
+    """Has the CPU stand for as many devices as a mesh names, where nobody has said how many.
+
+    Possible only before JAX looks for devices; those of an accelerator it does not change.
+    """
+    if mesh is None or FORCED in os.environ.get("XLA_FLAGS", ""):
+        return
+    count = math.prod(named_sizes(mesh).values())
+    if jax.config.jax_num_cpu_devices < 0 and count % processes == 0:
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", count // processes)
+
+
 def devices_of(args: MeshArgs, run: Run, *, batch: int | None = None) -> Devices:
     """The devices that the command line asks for, checked against the run.
 
@@ -61,6 +79,7 @@ def devices_of(args: MeshArgs, run: Run, *, batch: int | None = None) -> Devices
     Args:
       batch: sequences of a micro-batch to train on; only forward passes run without one.
     """
+    make_cpu_devices(args.mesh)
     count = jax.device_count()
     if args.mesh is None:
         if count == 1 or (jax.default_backend() == "cpu" and jax.process_count() == 1):

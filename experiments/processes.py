@@ -15,8 +15,9 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -122,11 +123,13 @@ def free_port() -> int:
 class Child:
     """A process of this host; what it prints comes here."""
 
-    def __init__(self, place: Place, words: Sequence[str], *, shown: bool):
+    def __init__(
+        self, place: Place, words: Sequence[str], *, shown: bool, cards: Mapping[str, str]
+    ):
         self.place, self.shown = place, shown
         self.errors: deque[str] = deque(maxlen=200)
         self.process = subprocess.Popen(
-            [sys.executable, *words], env={**os.environ, PROCESS: str(place)},
+            [sys.executable, *words], env={**os.environ, **cards, PROCESS: str(place)},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
             # Ctrl-C reaches the parent alone, which tells the processes.
             start_new_session=True,
@@ -174,13 +177,44 @@ class Child:
         )
 
 
+def shares(processes: int) -> list[dict[str, str]]:
+    """What tells each process of this host which GPUs are its own; nothing where there are none.
+
+    Raises:
+      ValueError: the GPUs do not divide.
+    """
+    nothing: list[dict[str, str]] = [{} for _ in range(processes)]
+    if processes == 1 or os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
+        return nothing
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    cards = visible.split(",") if visible else gpus() if visible is None else []
+    if not cards:
+        return nothing
+    if len(cards) % processes:
+        raise ValueError(
+            f"--processes {processes} must divide the {len(cards)} GPUs of this host; "
+            "JAX_PLATFORMS=cpu leaves them alone"
+        )
+    each = len(cards) // processes
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(cards[i * each : (i + 1) * each])}
+            for i in range(processes)]
+
+
+def gpus() -> list[str]:
+    """The numbers of this host's GPUs."""
+    return [str(i) for i in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+
+
 def supervise(places: Sequence[Place], words: Sequence[str]) -> int:
     """Runs this host's processes of a program to their end and returns its exit code.
 
     Raises:
       ValueError: a process was lost, or ended with an error; the others are stopped by then.
     """
-    children = [Child(place, words, shown=place.index == 0) for place in places]
+    children = [
+        Child(place, words, shown=place.index == 0, cards=cards)
+        for place, cards in zip(places, shares(len(places)), strict=True)
+    ]
     asked: list[int] = []
 
     def forward(signum, frame):
@@ -202,8 +236,8 @@ def supervise(places: Sequence[Place], words: Sequence[str]) -> int:
             codes = [child.code for child in children]
             return 128 + asked[0] if asked and any(codes) else max(codes)
         reasons = [reason for reason in (c.reason() for c in failed) if reason]
-        raise ValueError(f"{(reasons or [lost_elsewhere(failed[0])])[0]}; all are stopped, go on "
-                         "from the last checkpoint with --resume")
+        raise ValueError(f"{(reasons or [lost_elsewhere(failed[0])])[0]}; all are stopped, a "
+                         "run that has begun goes on with --resume")
     finally:
         deadline = time.monotonic() + GRACE
         while any(c.code is None for c in children) and time.monotonic() < deadline and asked:

@@ -1,6 +1,7 @@
 """What a run leaves on disk: the files of its directory and how they are read back."""
 
 import contextlib
+import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -36,10 +37,8 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.data = self.path / "data"
 
-    def create(self) -> None:
-        """Makes the directory; refuses a file, or a directory that holds a run already."""
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"run path {self.path} is a file: name a directory")
+    def check_new(self) -> None:
+        """Refuses a directory that holds a run already."""
         if self.config.exists():
             raise ValueError(
                 f"{self.path} holds a run already: go on with --resume, or name another --run"
@@ -48,12 +47,33 @@ class RunDirectory:
             raise ValueError(
                 f"{self.path} holds checkpoints of a run without config.json: name another --run"
             )
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Makes the directory, and keeps other processes from training into it meanwhile.
+
+        The system lets go of it however this process ends.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"run path {self.path} is a file: name a directory")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("a")
         except OSError as error:
             raise ValueError(
-                f"run path {self.path} cannot be made ({error.strerror}): name another --run"
+                f"run path {self.path} cannot be written ({error.strerror}): name another --run"
             ) from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(
+                    f"another launch trains into {self.path} now: wait for it, or name another "
+                    "--run"
+                ) from error
+            except OSError:
+                pass  # a file system that knows no locks
+            yield
 
     def write_config(self, record: dict[str, Any]) -> None:
         with writing(self.config):
@@ -105,9 +125,10 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        begun = (path.parent / "config.json").exists()
+        again = "go on with --resume" if begun else "start again"
         raise OSError(
-            f"{path} could not be written ({error.strerror}): free space there, then go on with "
-            "--resume"
+            f"{path} could not be written ({error.strerror}): free space there, then {again}"
         ) from error
 
 

@@ -61,8 +61,8 @@ def mesh_name(mesh: Mapping[str, int]) -> str:
     return ",".join(f"{axis}={n}" for axis, n in mesh.items() if n > 1) or "one device"
 
 
-def mesh_of(words: str, devices: int) -> dict[str, int]:
-    """Sizes of all axes from "fsdp=32,expert=64"; an axis data that is not named takes the rest."""
+def named_sizes(words: str) -> dict[str, int]:
+    """Sizes of the axes that "fsdp=32,expert=64" names."""
     sizes: dict[str, int] = {}
     for word in words.replace(" ", ",").split(","):
         axis, _, size = word.partition("=")
@@ -71,6 +71,12 @@ def mesh_of(words: str, devices: int) -> dict[str, int]:
         if not size.isdigit() or int(size) < 1:
             raise ValueError(f"--mesh {word!r} must be AXIS=SIZE with a size of at least 1")
         sizes[axis] = int(size)
+    return sizes
+
+
+def mesh_of(words: str, devices: int) -> dict[str, int]:
+    """Sizes of all axes; an axis data that is not named takes the rest."""
+    sizes = named_sizes(words)
     named = math.prod(sizes.values())
     sizes.setdefault("data", max(devices // named, 1))
     if math.prod(sizes.values()) != devices:

@@ -1,6 +1,9 @@
 """Meshes from the command line, what they refuse, and who reads which sequences."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +15,7 @@ from experiments.devices import Devices, MeshArgs, devices_of, place_batch
 from sharding import make_mesh
 from sharding.placement import Scheme
 from tests.configs import ONE_MTP, make_run
+from tests.experiments.runs import ROOT
 
 CONFIG = dataclasses.replace(ONE_MTP, num_experts=8, num_groups=4, groups_per_token=2,
                              experts_per_token=3)
@@ -30,6 +34,15 @@ def test_one_cpu_device_is_used_unless_a_mesh_is_asked_for():
     assert str(found) == "8 x cpu (cpu), expert=4,tensor=2, zero 1, expert over 2 nodes"
     # Forward passes lose no token, whatever the load.
     assert devices_of(MeshArgs(mesh="expert=8"), RUN).scheme.room is None
+
+
+def test_a_cpu_stands_for_as_many_devices_as_a_mesh_names():
+    code = "import jax; from experiments.devices import make_cpu_devices as make; "
+    code += "make('data=4,expert=2', processes=2); print(jax.device_count()); make('expert=2')"
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment | {"PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("4\n", "")
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,37 @@ def test_a_process_lost_on_another_host_is_named_as_far_as_the_runtime_says():
         supervised([place], code)
 
 
+@pytest.mark.parametrize(
+    "visible, count, cards",
+    [(None, 2, ["0,1", "2,3"]), (None, 4, ["0", "1", "2", "3"]), ("5,7", 2, ["5", "7"]),
+     (None, 1, [None]), ("", 2, [None, None])],
+    ids=["half-each", "one-each", "of-those-visible", "all", "none-visible"],
+)  # fmt: skip
+def test_each_process_of_a_host_has_gpus_of_its_own(visible, count, cards, monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(processes, "gpus", lambda: ["0", "1", "2", "3"])
+    assert [own.get("CUDA_VISIBLE_DEVICES") for own in processes.shares(count)] == cards
+
+
+def test_gpus_that_do_not_divide_are_refused_unless_nobody_asks_for_them(monkeypatch):
+    monkeypatch.setattr(processes, "gpus", lambda: ["0", "1", "2", "3"])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    with pytest.raises(ValueError, match="--processes 3 must divide the 4 GPUs of this host"):
+        processes.shares(3)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert processes.shares(3) == [{}, {}, {}]
+
+
+def test_what_a_process_is_given_reaches_it(monkeypatch, capfd):
+    monkeypatch.setattr(processes, "shares", lambda count: [{"OWN": "a"}, {"OWN": "b"}])
+    supervised(places(2), "assert os.environ['OWN'] == 'ab'[index]; sys.exit()")
+    assert capfd.readouterr().out == "hello from 0\n"
+
+
 def test_processes_that_end_well_end_the_program():
     assert supervised(places(2), "sys.exit(0)") == 0
 

@@ -50,8 +50,10 @@ def test_each_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
 
 
 def test_metrics_on_a_full_disk_name_the_file(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
     log = MetricsLog(tmp_path / "metrics.jsonl", resume_step=0)
-    with runs.files_limited_to(10), pytest.raises(OSError, match="metrics.jsonl could not be"):
+    message = "metrics.jsonl could not be .* then go on with --resume$"
+    with runs.files_limited_to(10), pytest.raises(OSError, match=message):
         log.write({"step": 1, "loss": 0.25})
     log.close()
 
@@ -59,7 +61,9 @@ def test_metrics_on_a_full_disk_name_the_file(tmp_path):
 @pytest.mark.parametrize("write", ["write_config", "write_summary"])
 def test_a_record_on_a_full_disk_is_whole_or_absent(tmp_path, write):
     directory = RunDirectory(tmp_path)
-    with runs.files_limited_to(10), pytest.raises(OSError, match=".json could not be written"):
+    # What has no record cannot go on.
+    message = ".json could not be written .* then start again$"
+    with runs.files_limited_to(10), pytest.raises(OSError, match=message):
         getattr(directory, write)({"recipe": "tiny", "steps": 100})
     assert os.listdir(tmp_path) == []
 
@@ -68,10 +72,19 @@ def test_a_tokenizer_on_a_full_disk_is_whole_or_absent(tmp_path):
     source = tmp_path / "source.json"
     source.write_text("x" * 100)
     directory = RunDirectory(tmp_path / "run")
-    directory.create()
+    directory.path.mkdir()
     with runs.files_limited_to(10), pytest.raises(OSError, match="json could not be written"):
         directory.write_tokenizer(source)
     assert os.listdir(tmp_path / "run") == []
+
+
+def test_a_directory_is_one_process_s_at_a_time(tmp_path):
+    one, other = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "run")
+    with one.held():
+        with pytest.raises(ValueError, match="another launch trains into .*run now: wait for it"):
+            other.held().__enter__()
+    with other.held():
+        pass
 
 
 def test_a_run_is_read_back(tmp_path):
