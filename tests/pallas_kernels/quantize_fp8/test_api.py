@@ -107,10 +107,18 @@ def test_what_is_not_finite_makes_its_scale_nan(poison):
 
 
 def test_zeros_and_tiny_values_have_finite_scales():
-    x_MK = jnp.full((8, 128), 1e-12).at[0].set(0)
+    x_MK = jnp.full((8, 128), 1e-36).at[0].set(0)
     found = quantize_tiles(x_MK)
-    np.testing.assert_allclose(found.scale, 1e-4 / 448, rtol=1e-6)
+    np.testing.assert_allclose(found.scale, 1e-30 / 448, rtol=1e-6)
     assert not np.any(float64(found.codes))
+
+
+def test_small_values_keep_their_digits():
+    # As gradients of a mean over very many tokens are.
+    x_MK = normal(0, (8, 128), jnp.bfloat16)
+    found, small = quantize_tiles(x_MK), quantize_tiles(x_MK * jnp.bfloat16(2.0**-80))
+    np.testing.assert_array_equal(float64(small.codes), float64(found.codes))
+    np.testing.assert_array_equal(small.scale, found.scale * 2.0**-80)
 
 
 def test_rows_beyond_the_counts_are_zeros_whatever_they_hold():
