@@ -10,9 +10,8 @@ from jax import lax
 
 from pallas_kernels import mosaic
 from pallas_kernels.quantize_fp8.encode import (
-    BF16,
     F8,
-    HALVES,
+    F16,
     TILE,
     WGMMA,
     identity,
@@ -22,21 +21,28 @@ from pallas_kernels.quantize_fp8.encode import (
     transposed,
 )
 
+WARPGROUPS = 2
+
 
 def blocks_of(dtype: jax.typing.DTypeLike) -> int:
-    """Blocks on an SM: a tile of FP32 with its buffers takes over half of the shared memory."""
+    """Blocks on an SM: two tiles of FP32 in flight with their buffers take most of its memory."""
     return 1 if dtype == jnp.float32 else 2
 
 
 def _body(w_gmem, code_gmem, scale_gmem, turned_gmem, turned_scale_gmem, *refs, **options):
-    """Weights: one scale for a tile of 128 x 128, so the transposed codes are the same codes."""
-    w_smem, code_smem, turned_smem, tile_smem, identity_smem, full = refs
+    """Weights: one scale for a tile of 128 x 128, so the transposed codes are the same codes.
+
+    Two warpgroups share a tile: 64 rows each, then 64 rows of its transpose.
+    """
+    w_smem, code_smem, turned_smem, tile_smem, identity_smem, amax_smem, full, met = refs
     blocks, power_of_two = options["blocks"], options["power_of_two"]
+    warpgroup, stages = lax.axis_index("warpgroup"), w_smem.shape[0]
     groups, n, k = w_gmem.shape
     row_tiles, column_tiles = pl.cdiv(n, TILE), pl.cdiv(k, TILE)
     total = groups * row_tiles * column_tiles
     block = lax.axis_index("block")
     count = (total - block + (blocks - 1)) // blocks
+    own = pl.ds(warpgroup * 64, 64)
 
     def place(i):
         tile = block + i * blocks
@@ -45,34 +51,52 @@ def _body(w_gmem, code_gmem, scale_gmem, turned_gmem, turned_scale_gmem, *refs, 
 
     def fetch(i):
         group, row, column = place(i)
+        slot = lax.rem(i, stages)
         tile = w_gmem.at[group, pl.ds(row * TILE, TILE), pl.ds(column * TILE, TILE)]
-        plgpu.copy_gmem_to_smem(tile, w_smem, full.at[0])
+        plgpu.copy_gmem_to_smem(tile, w_smem.at[slot], full.at[slot])
 
-    pl.when(count > 0)(lambda: fetch(jnp.int32(0)))
-    identity_smem[...] = identity()
+    def meet():
+        """Both warpgroups have come here, and see what the other has written."""
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(met.at[0])
+        plgpu.barrier_wait(met.at[0])
+
+    @pl.when(warpgroup == 0)
+    def _():
+        for i in range(stages):
+            pl.when(i < count)(functools.partial(fetch, jnp.int32(i)))
+        identity_smem[...] = identity(F16)
 
     def step(i, _):
         group, row, column = place(i)
-        plgpu.barrier_wait(full.at[0])
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        values = lambda half: mosaic.load(w_smem.at[half], WGMMA).astype(jnp.float32)
-        amax = [jnp.max(jnp.abs(values(half)), axis=1) for half in HALVES]
-        scale = scale_of(jnp.max(jnp.maximum(*amax), axis=0), power_of_two)
+        slot, turn = lax.rem(i, stages), lax.rem(i, 2)
+        plgpu.barrier_wait(full.at[slot])
+        x = mosaic.load(w_smem.at[slot, own], WGMMA).astype(jnp.float32)
+        amax_smem[turn, warpgroup] = jnp.max(jnp.max(jnp.abs(x), axis=1), axis=0)
+        meet()
+        pl.when((warpgroup == 0) & (i + stages < count))(lambda: fetch(i + stages))
+        scale = scale_of(jnp.maximum(amax_smem[turn, 0], amax_smem[turn, 1]), power_of_two)
         factor = 1 / scale if power_of_two else inverse(scale)
-        for half in HALVES:
-            codes = (values(half) * factor).astype(F8)
-            code_smem[half] = codes
-            tile_smem[half] = codes.astype(jnp.float32).astype(BF16)
-        scale_gmem[group, row, column] = scale
-        turned_scale_gmem[group, column, row] = scale
-        plgpu.commit_smem()
-        pl.when(i + 1 < count)(lambda: fetch(i + 1))
+        codes = (x * factor).astype(F8)
+        # All but the last copy of this warpgroup have read their buffers.
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        code_smem[own] = codes
+        tile_smem[own] = codes.astype(F16)
+
+        @pl.when(warpgroup == 0)
+        def _():
+            scale_gmem[group, row, column] = scale
+            turned_scale_gmem[group, column, row] = scale
+
+        meet()
         rows, columns = pl.ds(row * TILE, TILE), pl.ds(column * TILE, TILE)
-        plgpu.copy_smem_to_gmem(code_smem, code_gmem.at[group, rows, columns])
-        for half in HALVES:
-            turned_smem[half] = transposed(tile_smem, half, identity_smem).astype(F8)
+        half = lambda start: pl.ds(start * TILE + warpgroup * 64, 64)
+        plgpu.copy_smem_to_gmem(code_smem.at[own], code_gmem.at[group, half(row), columns])
+        turned = transposed(tile_smem, own, identity_smem).astype(F8)
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        turned_smem[own] = turned
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(turned_smem, turned_gmem.at[group, columns, rows])
+        plgpu.copy_smem_to_gmem(turned_smem.at[own], turned_gmem.at[group, half(column), rows])
 
     lax.fori_loop(0, count, step, None)
     plgpu.wait_smem_to_gmem(0)
@@ -94,22 +118,27 @@ def quantize_blocks(
         scales = (groups, pl.cdiv(rows, TILE), round_up(pl.cdiv(columns, TILE), 32))
         out_type += [shape_of((groups, rows, round_up(columns, TILE)), F8)]
         out_type += [shape_of(scales, jnp.float32)]
-    square = lambda dtype, width=0: plgpu.SMEM(
-        (TILE, TILE), dtype, transforms=mosaic.swizzled(TILE, dtype, width)
+    square = lambda dtype, width=0, stages=(): plgpu.SMEM(
+        (*stages, TILE, TILE), dtype, transforms=mosaic.swizzled(TILE, dtype, width)
     )
+    stages = 2 if per_core == 1 else 1
     kernel = mosaic.launch(
         functools.partial(_body, blocks=blocks, power_of_two=power_of_two),
         name="quantize_blocks_fp8",
         out_type=tuple(out_type),
         grid=(blocks,),
         grid_names=("block",),
+        num_threads=WARPGROUPS,
+        thread_name="warpgroup",
         scratch_types=[
-            square(w_GNK.dtype, k),
+            square(w_GNK.dtype, k, (stages,)),
             square(F8),
             square(F8),
-            square(BF16),
-            plgpu.SMEM((64, 64), BF16, transforms=mosaic.swizzled(64, BF16)),
-            plgpu.Barrier(num_arrivals=1, num_barriers=1),
+            square(F16),
+            plgpu.SMEM((64, 64), F16, transforms=mosaic.swizzled(64, F16)),
+            plgpu.SMEM((2, WARPGROUPS), jnp.float32),
+            plgpu.Barrier(num_arrivals=1, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=1),
         ],
         interpret=interpret,
     )

@@ -10,7 +10,7 @@ from jax import lax
 from pallas_kernels import mosaic
 
 F8 = jnp.float8_e4m3fn
-BF16 = jnp.bfloat16
+BF16, F16 = jnp.bfloat16, jnp.float16
 TILE = 128
 # amax is floored here; 1 / 448 in FP32 times amax is the scale.
 AMAX_FLOOR = 1e-30
@@ -65,13 +65,13 @@ def index(shape, axis):
     return plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, shape, axis), WGMMA)
 
 
-def identity():
+def identity(dtype=BF16):
     row, column = index((64, 64), 0), index((64, 64), 1)
-    return jnp.where(row == column, jnp.float32(1), jnp.float32(0)).astype(BF16)
+    return jnp.where(row == column, jnp.float32(1), jnp.float32(0)).astype(dtype)
 
 
 def transposed(tile_smem, half, identity_smem):
-    """64 columns of a BF16 tile [128, 128] as [64, 128] in FP32 registers."""
+    """64 columns of a 16-bit tile [128, 128] as [64, 128] in FP32 registers."""
 
     def multiply(acc):
         for rows in HALVES:
