@@ -10,7 +10,7 @@ import tyro
 from deepseek_jax.config import Precision, Run, to_json
 from deepseek_jax.counts import train_flops_per_token
 from experiments.planning import targets
-from experiments.planning.budget import Memory, memory
+from experiments.planning.budget import Memory, argument_bytes, memory
 from experiments.planning.choose import best_setup, prediction
 from experiments.planning.compare import by_axes, compared, low_precision_sums, others
 from experiments.planning.compile import Compiled, compile_setup
@@ -182,6 +182,7 @@ def memory_rows(chosen: Setup, held: Memory, found: Compiled | None) -> list[dic
     rows.append({"what": "together, about", "bytes": int(held.total), "GiB": held.total / GIB})
     if found is not None and found.refused is None:
         for label, size in (
+            ("state and batch", argument_bytes(chosen)),
             (f"{found.target} compiler: state and batch", found.arguments),
             (f"{found.target} compiler: temporary", found.temporary),
             (f"{found.target} compiler: peak", found.peak),

@@ -84,6 +84,16 @@ def memory(setup: Setup) -> Memory:
     return Memory(stored, optimizer_bytes(run, mesh), gradients, kept, working)
 
 
+def argument_bytes(setup: Setup) -> int:
+    """What a step is handed, exactly: state in its shards, biases and counters whole, tokens."""
+    run, config = setup.run, setup.run.config
+    state = parameter_bytes(run, setup.mesh) + optimizer_bytes(run, setup.mesh)
+    biases = 4 * config.num_experts * num_moe(setup) * config.has_routing_bias
+    counters = 4 * (1 + 2 + 1 + 1)  # step, tokens in two words, skipped, skipped in a row
+    tokens = 4 * setup.accumulation * setup.sequences * (run.seq_len + 1)
+    return state + biases + counters + tokens
+
+
 def is_fp8(setup: Setup) -> bool:
     return setup.run.precision.matmul == "fp8"
 

@@ -6,6 +6,7 @@ import json
 import jax
 import pytest
 
+from experiments.planning.budget import argument_bytes
 from experiments.planning.compare import compared, low_precision_sums, purpose
 from experiments.planning.compile import (
     asked_for,
@@ -40,10 +41,9 @@ def found(chosen):
 
 
 def test_the_compiler_holds_what_the_formulas_say(chosen, found):
+    assert found.arguments == argument_bytes(chosen)
     state = parameter_bytes(chosen.run, chosen.mesh) + optimizer_bytes(chosen.run, chosen.mesh)
-    biases, scalars = 4 * 32, 4 * (1 + 2 + 1 + 1)
-    tokens = 4 * chosen.sequences * (chosen.run.seq_len + 1)
-    assert found.arguments == state + biases + scalars + tokens
+    assert argument_bytes(chosen) - state == 4 * (32 + 5 + chosen.run.seq_len + 1)
 
 
 def test_dispatch_sends_what_the_formulas_say(chosen, found):
