@@ -2,7 +2,8 @@
 
 A tile of 128 x 128 is decoded once; the gradients of gate and up and the recomputed product are
 rounded to BF16 in shared memory, leave by rows (the two gradients) and, transposed, by columns (all
-three). Two warpgroups share a tile; the next one is fetched as soon as this one is decoded.
+three). Four warpgroups share a tile, a quarter each to decode and then whole rows or channels; the
+next one is fetched as soon as this one is decoded.
 """
 
 import functools
@@ -29,9 +30,9 @@ from pallas_kernels.quantize_fp8.encode import (
     transposed,
 )
 
-WARPGROUPS = 2
-# Decoded by pieces of 64 x 64: three operands and three results of 64 x 128 would spill.
-CHUNK = 64
+WARPGROUPS = 4
+# Decoded by pieces of 64 x 32: three operands and three results of 64 x 64 would spill.
+CHUNK = 32
 
 
 def _body(*refs, weighted, masked, power_of_two, shape, blocks):
@@ -45,14 +46,14 @@ def _body(*refs, weighted, masked, power_of_two, shape, blocks):
     values_smem, factors_smem = take(3), take(2 + weighted)
     tiles_smem, code_smem, line_smem, sum_smem, identity_smem, full, met = refs
     warpgroup = lax.axis_index("warpgroup")
-    own = pl.ds(warpgroup * 64, 64)
+    # 64 rows or, of what leaves by columns, 64 channels; and the other half of the choice.
+    half, part = lax.rem(warpgroup, 2), lax.div(warpgroup, 2)
+    own = pl.ds(half * 64, 64)
     tiles = [tiles_smem.at[j] for j in range(3)]
     column_tiles = pl.cdiv(shape[1], TILE)
     total = pl.cdiv(shape[0], TILE) * column_tiles
     block = lax.axis_index("block")
     count = (total - block + (blocks - 1)) // blocks
-    # Groups of copies that a warpgroup starts for a tile; buffers take turns.
-    groups = 5 + weighted
 
     def place(i):
         tile = block + i * blocks
@@ -68,7 +69,7 @@ def _body(*refs, weighted, masked, power_of_two, shape, blocks):
             copy(source.at[column, rows] if len(source.shape) == 2 else source.at[rows], target)
 
     def meet():
-        """Both warpgroups have come here."""
+        """All warpgroups have come here."""
         plgpu.commit_smem()
         plgpu.barrier_arrive(met.at[0])
         plgpu.barrier_wait(met.at[0])
@@ -81,8 +82,8 @@ def _body(*refs, weighted, masked, power_of_two, shape, blocks):
     meet()
 
     def decode(chunk, sums, valid):
-        """Writes gradients and product of 64 x 64 as BF16; adds the row sums of dy * product."""
-        columns = pl.ds(chunk * CHUNK, CHUNK)
+        """Writes gradients and product of a piece as BF16; adds the row sums of dy * product."""
+        columns = pl.ds(part * 64 + chunk * CHUNK, CHUNK)
         factor = lambda ref: lax.broadcast_in_dim(
             mosaic.load(ref.at[own], BY_ROW), (64, CHUNK), (0,)
         )
@@ -108,42 +109,54 @@ def _body(*refs, weighted, masked, power_of_two, shape, blocks):
     def step(i, _):
         row, column = place(i)
         valid = counts_gmem[row] if masked else TILE
-        turn = lambda site: (warpgroup, lax.rem(i * groups + site, 2))
 
-        def store(site, x, code_gmem, *line):
+        def encoded(x):
+            """Codes and scales of a piece in this warpgroup's buffers, once these are free."""
             codes, scale = encode(x, 0, power_of_two)
-            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            code, lines = code_smem.at[turn(site)], line_smem.at[turn(site)]
-            code[...], lines[...] = codes, scale
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            code_smem[warpgroup], line_smem[warpgroup, :] = codes, scale
             plgpu.commit_smem()
-            store_line(lines, *line)
-            plgpu.copy_smem_to_gmem(code, code_gmem)
+
+        def store(outputs, first, second):
+            """Its codes at 64 of `first` and 128 of `second`, its scales in row `second`."""
+            code_gmem, scale_gmem = outputs
+            store_line(line_smem.at[warpgroup], scale_gmem, second, first * 2 + half)
+            target = code_gmem.at[pl.ds(first * TILE + half * 64, 64), pl.ds(second * TILE, TILE)]
+            plgpu.copy_smem_to_gmem(code_smem.at[warpgroup], target)
 
         plgpu.barrier_wait(full.at[0])
         sums = plgpu.layout_cast(jnp.zeros(64, jnp.float32), BY_ROW)
         # A loop, not unrolled: two pieces at a time would spill.
         piece = functools.partial(decode, valid=valid)
-        sums = lax.fori_loop(0, TILE // CHUNK, piece, sums)
-        plgpu.commit_smem()
-        for site, (code, scale) in enumerate(rows_gmem):
-            x = mosaic.load(tiles[site].at[own], WGMMA).astype(jnp.float32)
-            target = code.at[pl.ds(row * TILE + warpgroup * 64, 64), pl.ds(column * TILE, TILE)]
-            store(site, x, target, scale, column, row * 2 + warpgroup)
+        sums = lax.fori_loop(0, 64 // CHUNK, piece, sums)
         if weighted:
-            # A group of its own, so that the turns come out even.
-            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            sum_smem[warpgroup, :] = sums
-            plgpu.commit_smem()
-            store_line(
-                sum_smem.at[warpgroup], dweight_gmem, column, row * 2 + warpgroup, commit=True
-            )
+            sum_smem[part, own] = sums
         meet()
         pl.when((warpgroup == 0) & (i + 1 < count))(lambda: fetch(i + 1))
-        for j, (code, scale) in enumerate(columns_gmem):
-            x = transposed(tiles[j], own, identity_smem)
-            target = code.at[pl.ds(column * TILE + warpgroup * 64, 64), pl.ds(row * TILE, TILE)]
-            store(2 + weighted + j, x, target, scale, row, column * 2 + warpgroup)
-        # The next tile is written where both have read.
+        encoded(mosaic.load(tiles_smem.at[part, own], WGMMA).astype(jnp.float32))
+        for j in range(2):
+            pl.when(part == j)(functools.partial(store, rows_gmem[j], row, column))
+        encoded(transposed(tiles_smem.at[part], own, identity_smem))
+        for j in range(2):
+            pl.when(part == j)(functools.partial(store, columns_gmem[j], column, row))
+
+        @pl.when(part == 0)
+        def _():
+            encoded(transposed(tiles[2], own, identity_smem))
+            store(columns_gmem[2], column, row)
+
+        if weighted:
+
+            @pl.when(part == 1)
+            def _():
+                halves = [mosaic.load(sum_smem.at[j, own], BY_ROW) for j in range(2)]
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                line_smem[warpgroup, :] = halves[0] + halves[1]
+                plgpu.commit_smem()
+                line = line_smem.at[warpgroup]
+                store_line(line, dweight_gmem, column, row * 2 + half, commit=True)
+
+        # The next tile is written where all have read.
         meet()
 
     lax.fori_loop(0, count, step, None)
@@ -179,7 +192,6 @@ def swiglu_gradient(
     square = lambda dtype, side, of=0: plgpu.SMEM(
         (TILE, TILE), dtype, transforms=mosaic.swizzled(side, dtype, of)
     )
-    turns = (WARPGROUPS, 2)
     kernel = mosaic.launch(
         functools.partial(
             _body,
@@ -200,11 +212,11 @@ def swiglu_gradient(
             square(F8, CHUNK),
             square(BF16, CHUNK, width),
             *[plgpu.SMEM((TILE,), jnp.float32)] * (2 + weighted),
-            plgpu.SMEM((3, TILE, TILE), BF16, transforms=mosaic.swizzled(TILE, BF16)),
-            plgpu.SMEM((*turns, 64, TILE), F8, transforms=mosaic.swizzled(TILE, F8)),
-            plgpu.SMEM((*turns, 64), jnp.float32),
+            plgpu.SMEM((3, TILE, TILE), BF16, transforms=mosaic.swizzled(CHUNK, BF16)),
+            plgpu.SMEM((WARPGROUPS, 64, TILE), F8, transforms=mosaic.swizzled(TILE, F8)),
             plgpu.SMEM((WARPGROUPS, 64), jnp.float32),
-            plgpu.SMEM((64, 64), BF16, transforms=mosaic.swizzled(64, BF16)),
+            plgpu.SMEM((2, TILE), jnp.float32),
+            plgpu.SMEM((64, 64), BF16, transforms=mosaic.swizzled(CHUNK, BF16)),
             plgpu.Barrier(num_arrivals=5 + weighted, num_barriers=1),
             plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=1),
         ],
