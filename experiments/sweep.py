@@ -148,7 +148,7 @@ def shortlist(found: Sequence[Candidate], best: int) -> list[Candidate]:
 
 
 def compile_all(chosen: Sequence[Candidate], notes: "Notes", say) -> None:
-    """Compiles those that have not been, on all cores; a failure is noted, not raised."""
+    """Compiles those that have not been, on all cores; what fails is said and left out."""
     target = chosen[0].setup.cluster.accelerator.platform
     reason = targets.missing(target)
     if reason is not None:
@@ -157,14 +157,18 @@ def compile_all(chosen: Sequence[Candidate], notes: "Notes", say) -> None:
     todo = [c for c in chosen if notes.get("compiled", c.setup) is None]
 
     def one(c: Candidate) -> None:
-        found = compile_setup(c.setup, target)
+        try:
+            found = compile_setup(c.setup, target)
+        except ValueError as error:
+            say(f"  {error}")
+            return
         sent = sum(t.compiled for t in compared(c.setup, found.collectives))
         notes.add("compiled", c.setup, {
             "bytes": found.peak, "sent": sent, "refused": found.refused,
-            "seconds": found.compile_seconds, "warnings": list(found.warnings),
+            "cpu_seconds": found.cpu_seconds, "warnings": list(found.warnings),
         })  # fmt: skip
         say(f"  compiled {c.setup.name}: {found.peak / GIB:.1f} GiB, "
-            f"{found.compile_seconds:.0f} s")  # fmt: skip
+            f"{found.cpu_seconds:.0f} s of processor time")  # fmt: skip
 
     with ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) // 2)) as pool:
         list(pool.map(one, todo))

@@ -85,6 +85,23 @@ def test_a_stopped_sweep_goes_on_where_it_was(tmp_path, monkeypatch):
     assert sorted(r.compiled_bytes for r in rows if r.compiled_bytes) == [1001, 1002, 2000, 2000]
 
 
+def test_a_setup_that_cannot_be_compiled_does_not_end_the_sweep(tmp_path, monkeypatch):
+    def fails_first(chosen, target, tried=[]):  # noqa: B006
+        tried.append(chosen.name)
+        if len(tried) == 1:
+            raise ValueError("compiling for cpux8: killed")
+        return compiled(1000)
+
+    said = []
+    monkeypatch.setattr(sweep_module, "compile_setup", fails_first)
+    rows = sweep(TINY, WHERE, best=3, out=tmp_path, say=said.append)
+    assert "  compiling for cpux8: killed" in said
+    assert sum(row.compiled_bytes is not None for row in rows) == 2
+    # It is tried again when the sweep goes on.
+    rows = sweep(TINY, WHERE, best=3, out=tmp_path)
+    assert sum(row.compiled_bytes is not None for row in rows) == 3
+
+
 def test_a_sweep_writes_a_table_twice_and_a_picture(tmp_path):
     rows = sweep(TINY, WHERE, out=tmp_path)
     written = json.loads((tmp_path / "table.json").read_text())
