@@ -59,7 +59,8 @@ def made(op: str, n: int, m: int, k: int) -> Case:
     copied = Program(
         lambda x: x + jnp.float32(1), (jax.ShapeDtypeStruct((moved // 8,), jnp.float32),)
     )
-    plain = Program(lambda x: -x, (rows,))
+    # Not a negation: the timer leaves out kernels of the name of its own, which flushes the cache.
+    plain = Program(lambda x: x + jnp.bfloat16(1), (rows,))
     return Case(
         f"{op} {n} bits", f"{m} x {k}", 0.0, moved, {"ours": ours, COPY: copied, MOVED: plain}
     )
