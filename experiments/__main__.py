@@ -90,6 +90,12 @@ COMMANDS = {
         "a train step on every legal mesh of this host, beside one device and the plan",
         "peer --micro-batch 1 2 4 --json runs/mesh.json",
     ),
+    "bench dispatch": Command(
+        "experiments.bench.dispatch",
+        "bench_dispatch",
+        "tokens to the devices of their experts and back, beside NCCL's own all-to-all",
+        "--tokens 8192 --path padded ragged --json runs/dispatch.json",
+    ),
     "bench fp8_loss": Command(
         "experiments.bench.fp8_loss",
         "bench_fp8_loss",

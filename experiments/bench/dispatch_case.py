@@ -1,0 +1,241 @@
+"""What a process of `bench dispatch` does: times dispatch and combine on the devices of one host.
+
+`python -m experiments.bench.dispatch_case FILE [PROCESSES]` writes one line of JSON for each case
+of the file.
+"""
+
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax import fp8
+from experiments import processes
+from experiments.bench.kernel_run import brief
+from pallas_kernels.quantize_fp8 import quantize_tiles
+from sharding.expert_parallel import (
+    AXIS,
+    PLAIN,
+    Hop,
+    Layout,
+    Wire,
+    axis_hops,
+    combine,
+    dispatch,
+    plan_path,
+    send,
+)
+from sharding.expert_parallel import Path as Route
+from sharding.mesh import make_mesh
+from sharding.parts import on_parts, placing
+from sharding.placement import Scheme
+
+TILE, GROUPS, KEPT = 128, 8, 4
+ROUNDS = 5
+# A program repeats what it times for so many seconds, if it goes at so many bytes a second: what
+# starts it is then too short to count.
+LASTING, SPEED, STARTING = 0.03, 2e11, 5e-5
+
+Words = Mapping[str, Any]
+
+
+class Direction(NamedTuple):
+    """A function of operands and layouts, how to make the operands, and bytes that it exchanges."""
+
+    function: Callable[[Any, tuple[Layout, ...]], Any]
+    operands: Callable[[], Any]
+    bytes: float  # of the buffers of a device, or of their rows that travel
+
+
+def main() -> None:
+    """The file's cases, one after the other; one that fails says so."""
+    if processes.here() is None and len(sys.argv) > 2:
+        places = processes.group(int(sys.argv[2]))
+        raise SystemExit(processes.supervise(places, ["-m", __spec__.name, sys.argv[1]]))
+    place = processes.here()
+    if place is not None:
+        processes.join(place)
+    for case in json.loads(Path(sys.argv[1]).read_text()):
+        try:
+            found = timed(case)
+        except Exception as error:
+            found = {"error": brief(error)}
+        if processes.is_first():
+            print(json.dumps({"key": case["key"], **found}), flush=True)
+        gc.collect()
+
+
+def timed(case: Words) -> dict[str, Any]:
+    """Microseconds, bytes and errors of each direction, and how full the buffers of hops are."""
+    mesh = make_mesh(expert=jax.device_count())
+    scheme = Scheme(expert_nodes=case["nodes"], room=case["room"], ragged=case["ragged"])
+    layouts, filled = planned(case, mesh, scheme)
+    found: dict[str, Any] = {"filled": filled, "us": {}, "bytes": {}, "errors": {}}
+    chosen = {name: direction for name, direction in
+              directions(case, mesh, layouts, filled).items() if name in case["directions"]}
+    repeats = {name: times(direction.bytes) for name, direction in chosen.items()}
+
+    def compiled(name: str) -> Any:
+        operands = jax.eval_shape(chosen[name].operands)
+        operands = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placing(mesh, AXIS)), operands
+        )
+        program = repeated(chosen[name].function, repeats[name], mesh, scheme)
+        return program.lower(operands, layouts).compile()
+
+    # XLA compiles without Python's lock.
+    with ThreadPoolExecutor(len(chosen)) as pool:
+        programs = {name: pool.submit(compiled, name) for name in chosen}
+    for name, direction in chosen.items():
+        try:
+            run, operands = programs[name].result(), direction.operands()
+            taken = seconds(lambda run=run, operands=operands: run(operands, layouts))
+            found["us"][name] = 1e6 * taken / repeats[name]
+            found["bytes"][name] = direction.bytes
+        except Exception as error:
+            found["errors"][name] = brief(error)
+    return found
+
+
+def times(num_bytes: float) -> int:
+    """How often a program repeats an exchange."""
+    return max(4, min(400, round(LASTING / (num_bytes / SPEED + STARTING))))
+
+
+def planned(case: Words, mesh, scheme: Scheme) -> tuple[tuple[Layout, ...], list[float]]:
+    """The layouts of random choices, and the part of each hop's buffers that holds tokens."""
+    n = mesh.shape[AXIS]
+    choices = choices_of(case, n * case["tokens"])
+    choices = jax.make_array_from_callback(
+        choices.shape, placing(mesh, AXIS), lambda part: choices[part]
+    )
+    plan = lambda expert_TK: plan_path(
+        expert_TK, case["experts"], TILE, held=case["experts"] // n
+    ).layouts
+    layouts = jax.jit(on_devices(plan, mesh, scheme))(choices)
+    figures = jax.jit(lambda layouts: [(jnp.mean(x.slot_M >= 0), jnp.sum(x.lost)) for x in layouts])
+    found = [(float(part), int(lost)) for part, lost in figures(layouts)]
+    lost = sum(lost for _, lost in found)
+    if lost:
+        raise ValueError(f"dispatch had no room for {lost} choices")
+    return layouts, [part for part, _ in found[:-1]]
+
+
+def directions(
+    case: Words, mesh, layouts: tuple[Layout, ...], filled: list[float]
+) -> dict[str, Direction]:
+    """What can be timed.
+
+    `dispatch` and `combine` go between devices; `to experts` and `from experts` also sort rows by
+    expert, and add them up. Backward each does what the other does, with cotangents.
+    """
+    n, T, D = mesh.shape[AXIS], case["tokens"], case["width"]
+    hops = tuple(hop._replace(ragged=case["ragged"]) for hop in axis_hops(n, case["nodes"]))
+    slots = [layout.slot_M.shape[0] // n for layout in layouts]
+    travelling = [
+        rows * (part if case["ragged"] else 1.0) for rows, part in zip(slots, filled, strict=False)
+    ]
+    plain, coded = (each * sum(travelling) for each in (2 * D, D + 4 * D // TILE))
+    quantized = case["wire"] == "fp8"
+    wire = Wire(encode, lambda sent: fp8.decode_tiles(*sent, D)) if quantized else PLAIN
+    there = over(hops, send if quantized else dispatch)
+    values = lambda rows: lambda: random_values(rows, D, mesh)
+    tokens = (lambda: codes_of(values(T)(), mesh)) if quantized else values(T)
+    sent = coded if quantized else plain
+    back = over(hops, lambda y, route: combine(y, route, wire))
+    # The forward pass is not run: its results are not asked for.
+    gradient = lambda function, rows: lambda g, layouts: jax.vjp(
+        lambda x: function(x, layouts), jnp.zeros((rows, D), g.dtype)
+    )[1](g)[0]
+    return {
+        "dispatch": Direction(there(False), tokens, sent),
+        "combine": Direction(back(False), values(slots[-2]), plain),
+        "to experts": Direction(there(True), tokens, sent),
+        "from experts": Direction(back(True), values(slots[-1]), plain),
+        "dispatch backward": Direction(
+            gradient(over(hops, dispatch)(False), T), values(slots[-2]), plain
+        ),
+        "combine backward": Direction(gradient(back(False), slots[-2]), values(T), sent),
+    }
+
+
+def over(hops: tuple[Hop, ...], function: Callable) -> Callable:
+    """A function of an array and a route as one of an array and layouts, with the sort or not."""
+    return lambda sort: lambda x, layouts: function(
+        x, Route(layouts if sort else layouts[:-1], hops)
+    )
+
+
+def encode(x_TD):
+    """Codes and scales of a power of two for each 128 values, as FP8 tokens travel."""
+    return fp8.per_token(quantize_tiles(x_TD, power_of_two=True), x_TD.shape[:1])
+
+
+def codes_of(x_TD: jax.Array, mesh) -> Any:
+    return jax.jit(on_devices(encode, mesh, Scheme()))(x_TD)
+
+
+def random_values(rows: int, width: int, mesh) -> jax.Array:
+    """BF16 values, so many rows on each device."""
+    shape = (rows * mesh.shape[AXIS], width)
+    make = lambda: jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
+    return jax.jit(make, out_shardings=placing(mesh, AXIS))()
+
+
+def choices_of(case: Words, tokens: int) -> np.ndarray:
+    """K different experts of each token, in some of the groups, all alike."""
+    E, K, draw = case["experts"], case["chosen"], np.random.default_rng(1)
+    kept = np.argsort(draw.random((tokens, GROUPS), np.float32), axis=1)[:, :KEPT]
+    each = E // GROUPS
+    places = draw.random((tokens, KEPT * each), np.float32).argpartition(K, axis=1)[:, :K]
+    experts = np.take_along_axis(kept, places // each, axis=1) * each + places % each
+    return experts.astype(np.int32)
+
+
+def on_devices(function: Callable, mesh, scheme: Scheme) -> Callable:
+    return on_parts(function, mesh, AXIS, scheme)
+
+
+def repeated(function: Callable, count: int, mesh, scheme: Scheme) -> Any:
+    """A program that calls a function so often, each time on what depends on the time before."""
+
+    def body(operands, layouts):
+        layouts = tuple(layout._replace(lost=layout.lost[0]) for layout in layouts)
+        made = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, operands, layouts)
+        )
+
+        def turn(_, carried):
+            operands, made = carried
+            leaves, structure = jax.tree.flatten(operands)
+            last = jax.tree.leaves(made)[0].reshape(-1)[0].astype(leaves[0].dtype)
+            leaves[0] = leaves[0].at[(0,) * leaves[0].ndim].set(last)
+            operands = jax.tree.unflatten(structure, leaves)
+            return operands, function(operands, layouts)
+
+        return jax.lax.fori_loop(0, count, turn, (operands, made))[1]
+
+    return jax.jit(on_devices(body, mesh, scheme))
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """Median of some calls after another."""
+    taken = []
+    for _ in range(1 + ROUNDS):
+        began = time.perf_counter()
+        jax.block_until_ready(run())
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken[1:])
+
+
+if __name__ == "__main__":
+    main()
