@@ -14,6 +14,7 @@ where the tensor cores need 576; 192 x 128 takes 1112 for a third more work.
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.experimental.pallas as pl
@@ -109,7 +110,8 @@ def _body(y_gmem, x_gmem, y_scale_gmem, x_scale_gmem, starts_gmem, sizes_gmem, *
 
     def produce(group, steps, row, column, slots):
         own = pl.ds(warpgroup * 64, 64)
-        shape, piece_shape = (64, tiles.columns), (64, tiles.store_columns)
+        width = math.gcd(tiles.store_columns, 32)
+        shape, piece_shape = (64, tiles.columns), (64, width)
         layout = plgpu.Layout.WGMMA
         rows = pl.ds(row + warpgroup * 64, 64)
         out = lambda start, width: w_gmem.at[group, rows, pl.ds(column + start, width)]
@@ -117,10 +119,9 @@ def _body(y_gmem, x_gmem, y_scale_gmem, x_scale_gmem, starts_gmem, sizes_gmem, *
         # Column scales are loaded before the products as far as registers are left by a product and
         # its sum, which take one a column; the others when they are needed.
         spare = mosaic.compute_registers(tiles.warpgroups, tiles.memory_registers)
-        spare -= tiles.columns + 24
-        pieces = range(0, tiles.columns, tiles.store_columns)
-        count = max(0, min(len(pieces), 4 * spare // tiles.store_columns))
-        early = pieces[:count]
+        spare -= tiles.columns + 16
+        pieces = range(0, tiles.columns, width)
+        early = pieces[: max(0, min(len(pieces), 4 * spare // width))]
 
         def step(i, carry):
             slot, scale_slot, totals = carry
@@ -134,7 +135,7 @@ def _body(y_gmem, x_gmem, y_scale_gmem, x_scale_gmem, starts_gmem, sizes_gmem, *
             by_row = lax.broadcast_in_dim(y_scale, piece_shape, (0,))
 
             def column_scale(start):
-                columns = pl.ds(start, tiles.store_columns)
+                columns = pl.ds(start, width)
                 scale = mosaic.load(x_scale_smem.at[scale_slot, columns], layout.reduce(0))
                 return lax.broadcast_in_dim(scale, piece_shape, (1,))
 
@@ -147,7 +148,7 @@ def _body(y_gmem, x_gmem, y_scale_gmem, x_scale_gmem, starts_gmem, sizes_gmem, *
                 found = []
                 for j, (start, total) in enumerate(zip(pieces, totals, strict=True)):
                     by_column = scales[j] if j < len(scales) else column_scale(start)
-                    piece = part[:, start : start + tiles.store_columns]
+                    piece = part[:, start : start + width]
                     found.append(total + piece * by_column * by_row)
                 return tuple(found)
 
@@ -156,6 +157,10 @@ def _body(y_gmem, x_gmem, y_scale_gmem, x_scale_gmem, starts_gmem, sizes_gmem, *
 
         zeros = plgpu.layout_cast(jnp.zeros(piece_shape, jnp.float32), layout)
         *slots, totals = lax.fori_loop(0, steps, step, (*slots, (zeros,) * len(pieces)))
+        each = tiles.store_columns // width
+        totals = [
+            mosaic.concatenate_columns(totals[i : i + each]) for i in range(0, len(totals), each)
+        ]
         if add:
             # Nothing is added for a group without tokens.
             pl.when(steps > 0)(

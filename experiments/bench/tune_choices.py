@@ -114,7 +114,7 @@ def gradients() -> dict[str, Tiles]:
         # A whole tile in store buffers.
         "3x128.whole": three(128, 3, 128, 1),
         "3x128.fetch": three(128, 3, 128, 1, fetch_sums=True),
-        "2x160": two(160, 4, 80, 1),
+        "2x160": two(160, 3, 160, 1),
         "2x192": two(192, 4, 96, 1),
     }
 
@@ -180,7 +180,9 @@ def experts_bf16() -> Iterator[Choice]:
         for n, k in grouped.SHAPES:
             present = grouped_bf16.tiles_by_rows(grouped.ROWS, groups, n, k)
             found = {"single": make(pair=False), "pair": make(), "band8": make(band=8, pair=False)}
-            found["pair.band8"] = make(band=8)
+            # A whole tile in store buffers.
+            found["whole"] = make(256, 3, 64, 4, pair=False)
+            found["whole.pair"] = make(256, 3, 64, 4)
             case = grouped.bf16_rows(sizes, n, k)
             yield grouped_choice(
                 case, "grouped_matmul", "TILES", (each, n, k), variants(present, **found)
