@@ -9,8 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from deepseek_jax import fp8
 from deepseek_jax.fp8 import Quantized, QuantizedWeight
-from deepseek_jax.linear import product_fp8
-from deepseek_jax.swiglu import swiglu, swiglu_product_fp8
+from deepseek_jax.swiglu import gated_ffn_fp8, swiglu
 from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.logfmt import decode_logfmt, encode_logfmt
 from pallas_kernels.quantize_fp8 import quantize_tiles
@@ -36,9 +35,7 @@ def expert_ffn(
     """
     w_gate_EFD, w_up_EFD, w_down_EDF = weights
     if fp8.is_quantized(w_down_EDF):
-        gate_MF = product_fp8(x_MD, w_gate_EFD, group_sizes_E)
-        up_MF = product_fp8(x_MD, w_up_EFD, group_sizes_E)
-        return swiglu_product_fp8(gate_MF, up_MF, w_down_EDF, weight_M, group_sizes_E)
+        return gated_ffn_fp8(x_MD, weights, weight_M, group_sizes_E)
     matmul = functools.partial(grouped_matmul, group_sizes_G=group_sizes_E, alignment=alignment)
     gate_MF = checkpoint_name(matmul(x_MD, w_gate_EFD), "ffn_hidden")
     up_MF = checkpoint_name(matmul(x_MD, w_up_EFD), "ffn_hidden")

@@ -282,11 +282,11 @@ def by_rows(x: Quantized | E5M6, implementation: str | None) -> Tiles:
     if isinstance(x, E5M6):
         x_MK = decode_e5m6(x, (_rows(x.high), x.high.shape[-1]))
         return quantize_tiles(x_MK, power_of_two=True, implementation=implementation)
-    return Tiles(x.codes.reshape(_rows(x.codes), -1), _by_block(x.scale))
+    return Tiles(x.codes.reshape(_rows(x.codes), -1), by_block(x.scale))
 
 
 def by_columns(
-    x: Quantized | E5M6, width: int, counts_m: jax.Array | None, implementation: str | None
+    x: Quantized | E5M6, width: int, *, counts_m: jax.Array | None, implementation: str | None
 ) -> Tiles:
     """The other operand of the weight gradient: tiles of 128 tokens, again from what is kept."""
     options = dict(counts_m=counts_m, implementation=implementation)
@@ -343,7 +343,7 @@ def _rows(x: jax.Array) -> int:
     return math.prod(x.shape[:-1])
 
 
-def _by_block(scale: jax.Array) -> jax.Array:
+def by_block(scale: jax.Array) -> jax.Array:
     """[..., k] as kernels want it: [k, M], M rounded up to a multiple of 4."""
     flat_Mk = scale.reshape(_rows(scale), -1)
     return jnp.pad(flat_Mk, ((0, -flat_Mk.shape[0] % 4), (0, 0))).T

@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int
 from deepseek_jax import fp8
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.fp8 import Quantized, QuantizedWeight
-from deepseek_jax.linear import Activation, linear
-from deepseek_jax.swiglu import swiglu_linear
+from deepseek_jax.linear import Activation
+from deepseek_jax.swiglu import gated_ffn
 from sharding import local, shard
 from sharding.placement import current_mesh
 
@@ -97,6 +97,4 @@ class FeedForward(nnx.Module):
 
     @jax.named_scope("ffn")
     def __call__(self, x_BTD: Activation) -> Float[Array, "B T D"]:
-        gate_BTF = linear("BTD,FD->BTF", x_BTD, self.w_gate_FD[...])
-        up_BTF = linear("BTD,FD->BTF", x_BTD, self.w_up_FD[...])
-        return swiglu_linear(gate_BTF, up_BTF, self.w_down_DF[...])
+        return gated_ffn(x_BTD, self.w_gate_FD[...], self.w_up_FD[...], self.w_down_DF[...])

@@ -7,11 +7,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax import fp8
+from deepseek_jax import few_rows, fp8
 from deepseek_jax.e5m6 import E5M6
 from deepseek_jax.fp8 import Quantized, QuantizedWeight
 from pallas_kernels import grouped_matmul_fp8, matmul_fp8
-from pallas_kernels.grouped_matmul_fp8.api import rows_of_blocks
 from pallas_kernels.quantize_fp8 import Blocks, Tiles, quantize_tiles
 from sharding import local
 
@@ -62,59 +61,49 @@ def _letters(signature: str) -> tuple[str, str, str]:
 
 def einsum(signature: str, a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """jnp.einsum with FP32 sums and a result in `dtype`; FP32 operands multiply as FP32."""
+    if few_rows.is_one_row(signature, a, b):
+        return few_rows.one_row(signature, a, b).astype(dtype)
+    if few_rows.packs_weights(*_letters(signature)[::2], a, b):
+        return few_rows.weight_first(signature, a, b).astype(dtype)
     # Without HIGHEST an FP32 product may run in TF32 on a GPU.
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.einsum(signature, a, b, precision=precision, preferred_element_type=dtype)
 
 
 def _linear_fp8(signature: str, x: Quantized | E5M6, weight: QuantizedWeight) -> jax.Array:
-    """The product on local shards, flattened to matrices."""
+    """The product on local shards, flattened to matrices [M, K] and [N, K]."""
     _, outputs, contracted = fp8.sides(_letters(signature)[1])
-    tokens = x.x.shape[: -len(contracted)]
-    y_MN = product_fp8(x, weight)
-    return y_MN.reshape(*tokens, *weight.target.shape[: len(outputs)])
-
-
-def product_fp8(
-    x: Quantized | E5M6, weight: QuantizedWeight, group_sizes_G: jax.Array | None = None
-) -> jax.Array:
-    """x @ weight.T of matrices [M, K], or of rows sorted by group with a weight for each group."""
-    *groups, padded_n, _ = weight.blocks.codes.shape
-    k = weight.blocks.transposed.shape[-2]
-    target = weight.target.reshape(*groups, -1, k)
-    n = target.shape[-2]
-    target = jnp.pad(target, [(0, 0)] * len(groups) + [(0, padded_n - n), (0, 0)])
+    tokens, shape = x.x.shape[: -len(contracted)], weight.target.shape[: len(outputs)]
+    padded_n, k = weight.blocks.codes.shape[0], weight.blocks.transposed.shape[0]
+    target = weight.target.reshape(-1, k)
+    n = target.shape[0]
+    target = jnp.pad(target, ((0, padded_n - n), (0, 0)))
     kept = dataclasses.replace(x, x=None)
-    y_MN = _product_fp8(
-        options_of(weight), x.x.reshape(-1, k), target, kept, weight.blocks, group_sizes_G
-    )
-    return y_MN[:, :n]
+    y_MN = _product_fp8(options_of(weight), x.x.reshape(-1, k), target, kept, weight.blocks)
+    return y_MN[:, :n].reshape(*tokens, *shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product_fp8(options, x_MK, target, kept, blocks, group_sizes_G):
-    rows = fp8.by_rows(kept, options.implementation)
-    return multiply(rows, blocks, group_sizes_G, options)
+def _product_fp8(options, x_MK, target, kept, blocks):
+    return multiply(fp8.by_rows(kept, options.implementation), blocks, None, options)
 
 
-def _product_fp8_fwd(options, x_MK, target, kept, blocks, group_sizes_G):
-    y_MN = _product_fp8(options, x_MK, target, kept, blocks, group_sizes_G)
-    saved = fp8.as_bytes((kept, blocks))
-    return y_MN, (saved_target(target, options), saved, group_sizes_G)
+def _product_fp8_fwd(options, x_MK, target, kept, blocks):
+    y_MN = _product_fp8(options, x_MK, target, kept, blocks)
+    return y_MN, (saved_target(target, options), fp8.as_bytes((kept, blocks)))
 
 
 def _product_fp8_bwd(options, saved, dy_MN):
-    target, codes, group_sizes_G = saved
+    target, codes = saved
     kept, blocks = fp8.from_bytes(codes)
-    counts_m = real_rows(group_sizes_G, dy_MN.shape[0])
     implementation = options.implementation
-    dy, dy_columns = quantize_tiles(
-        dy_MN, by="both", counts_m=counts_m, implementation=implementation
+    dy, dy_columns = quantize_tiles(dy_MN, by="both", implementation=implementation)
+    x_columns = fp8.by_columns(
+        kept, blocks.transposed.shape[0], counts_m=None, implementation=implementation
     )
-    x_columns = fp8.by_columns(kept, blocks.transposed.shape[-2], counts_m, implementation)
-    dx_MK = multiply(dy, transposed(blocks), group_sizes_G, options)
-    dw = weight_gradient(dy_columns, x_columns, group_sizes_G, target, options)
-    return dx_MK, dw, None, None, None
+    dx_MK = multiply(dy, transposed(blocks), None, options)
+    dw = weight_gradient(dy_columns, x_columns, None, target, options)
+    return dx_MK, dw, None, None
 
 
 _product_fp8.defvjp(_product_fp8_fwd, _product_fp8_bwd)
@@ -165,8 +154,3 @@ def weight_gradient(
 def saved_target(target: jax.Array, options: Options) -> jax.Array:
     """What the backward pass needs of a target: the sum so far, or of a master its dtype alone."""
     return target if options.accumulate else jnp.zeros((0,), target.dtype)
-
-
-def real_rows(group_sizes_G: jax.Array | None, num_rows: int) -> jax.Array | None:
-    """Rows of each 128 that hold data; None where all do."""
-    return None if group_sizes_G is None else rows_of_blocks(group_sizes_G, num_rows)

@@ -1,5 +1,10 @@
-"""SwiGLU, and the product that reads it; in FP8 its inputs are kept and its output made again."""
+"""SwiGLU and the feed-forward network around it; in FP8 its three products share a gradient rule.
 
+What FP8 keeps of SwiGLU are its inputs, in tiles: one pass over them backward makes their gradients
+and its output again, as codes for the products that follow.
+"""
+
+import dataclasses
 import functools
 
 import jax
@@ -7,18 +12,27 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax import fp8
-from deepseek_jax.fp8 import QuantizedWeight
+from deepseek_jax.fp8 import Quantized, QuantizedWeight
 from deepseek_jax.linear import (
+    Activation,
     linear,
     multiply,
     options_of,
-    real_rows,
     saved_target,
     transposed,
     weight_gradient,
 )
-from pallas_kernels.quantize_fp8 import quantize_tiles, swiglu_tiles
+from pallas_kernels.grouped_matmul_fp8.api import rows_of_blocks
+from pallas_kernels.quantize_fp8 import (
+    Tiles,
+    quantize_tiles,
+    swiglu_gradient_tiles,
+    swiglu_tiles,
+)
 from sharding import shard
+
+# W_gate, W_up and W_down.
+Weights = tuple[QuantizedWeight, QuantizedWeight, QuantizedWeight]
 
 
 def swiglu(gate: jax.Array, up: jax.Array, weight: jax.Array | None = None) -> jax.Array:
@@ -27,75 +41,90 @@ def swiglu(gate: jax.Array, up: jax.Array, weight: jax.Array | None = None) -> j
     return (hidden if weight is None else hidden * weight).astype(gate.dtype)
 
 
-def swiglu_linear(
-    gate_BTF: jax.Array, up_BTF: jax.Array, w_down_DF: jax.Array | QuantizedWeight
-) -> jax.Array:
-    """W_down SwiGLU(gate, up)."""
-    if not fp8.is_quantized(w_down_DF):
-        gate_BTF = checkpoint_name(gate_BTF, "ffn_hidden")
-        up_BTF = checkpoint_name(up_BTF, "ffn_hidden")
-        hidden_BTF = shard(swiglu(gate_BTF, up_BTF), "BTF")
-        return linear("BTF,DF->BTD", hidden_BTF, w_down_DF)
-
-    def on_rows(gate_BTF, up_BTF, w_down_DF):
-        gate_MF, up_MF = (x.reshape(-1, x.shape[-1]) for x in (gate_BTF, up_BTF))
-        return swiglu_product_fp8(gate_MF, up_MF, w_down_DF).reshape(*gate_BTF.shape[:-1], -1)
-
-    return fp8.on_shards(on_rows, "BTF,BTF,DF->BTD", gate_BTF, up_BTF, w_down_DF)
+def gated_ffn(x_BTD: Activation, w_gate_FD, w_up_FD, w_down_DF) -> jax.Array:
+    """W_down SwiGLU(W_gate x, W_up x)."""
+    if fp8.is_quantized(w_down_DF):
+        on_rows = lambda x, *weights: gated_ffn_fp8(x, weights).reshape(x.shape)
+        operands = x_BTD, w_gate_FD, w_up_FD, w_down_DF
+        return fp8.on_shards(on_rows, "BTD,FD,FD,DF->BTD", *operands)
+    gate_BTF = checkpoint_name(linear("BTD,FD->BTF", x_BTD, w_gate_FD), "ffn_hidden")
+    up_BTF = checkpoint_name(linear("BTD,FD->BTF", x_BTD, w_up_FD), "ffn_hidden")
+    return linear("BTF,DF->BTD", shard(swiglu(gate_BTF, up_BTF), "BTF"), w_down_DF)
 
 
-def swiglu_product_fp8(
-    gate_MF: jax.Array,
-    up_MF: jax.Array,
-    w_down: QuantizedWeight,
+def gated_ffn_fp8(
+    x: Quantized,
+    weights: Weights,
     weight_M: jax.Array | None = None,
     group_sizes_G: jax.Array | None = None,
 ) -> jax.Array:
-    """W_down SwiGLU(gate, up) of rows, those of experts with their routing weights."""
-    return _swiglu_product_fp8(options_of(w_down), gate_MF, up_MF, weight_M, w_down.target,
-                               w_down.blocks, group_sizes_G)
+    """The same of rows, those of experts sorted by group and with their routing weights."""
+    return _gated_ffn_fp8(
+        options_of(weights[0]),
+        x.x.reshape(-1, x.shape[-1]),
+        weight_M,
+        tuple(weight.target for weight in weights),
+        dataclasses.replace(x, x=None),
+        tuple(weight.blocks for weight in weights),
+        group_sizes_G,
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _swiglu_product_fp8(options, gate_MF, up_MF, weight_M, target, blocks, group_sizes_G):
-    counts_m = real_rows(group_sizes_G, gate_MF.shape[0])
-    given = dict(counts_m=counts_m, implementation=options.implementation)
-    hidden = swiglu_tiles(gate_MF, up_MF, weight_M, **given)
-    return multiply(hidden, blocks, group_sizes_G, options)
+def _gated_ffn_fp8(options, x_MD, weight_M, targets, kept, blocks, group_sizes_G):
+    given = dict(
+        counts_m=_real_rows(group_sizes_G, x_MD), implementation=options.implementation
+    )
+    hidden = swiglu_tiles(*_inputs(options, kept, blocks, group_sizes_G), weight_M, **given)
+    return multiply(hidden, blocks[2], group_sizes_G, options)
 
 
-def _fwd(options, gate_MF, up_MF, weight_M, target, blocks, group_sizes_G):
-    counts_m = real_rows(group_sizes_G, gate_MF.shape[0])
-    given = dict(counts_m=counts_m, implementation=options.implementation)
-    hidden, *tiles = swiglu_tiles(gate_MF, up_MF, weight_M, keep=True, **given)
-    y_MD = multiply(hidden, blocks, group_sizes_G, options)
-    kept = tuple(fp8.kept_as("ffn_hidden", *fp8.per_token(x, gate_MF.shape[:1])) for x in tiles)
-    saved = fp8.as_bytes((kept, blocks))
-    return y_MD, (saved_target(target, options), saved, weight_M, group_sizes_G)
+def _inputs(options, kept, blocks, group_sizes_G):
+    """gate_MF and up_MF."""
+    rows = fp8.by_rows(kept, options.implementation)
+    return (multiply(rows, w, group_sizes_G, options) for w in blocks[:2])
+
+
+def _fwd(options, x_MD, weight_M, targets, kept, blocks, group_sizes_G):
+    given = dict(
+        counts_m=_real_rows(group_sizes_G, x_MD), implementation=options.implementation
+    )
+    inputs = _inputs(options, kept, blocks, group_sizes_G)
+    hidden, *tiles = swiglu_tiles(*inputs, weight_M, keep=True, **given)
+    y_MD = multiply(hidden, blocks[2], group_sizes_G, options)
+    tiles = [fp8.kept_as("ffn_hidden", *fp8.per_token(x, x_MD.shape[:1])) for x in tiles]
+    sums = tuple(saved_target(target, options) for target in targets)
+    return y_MD, (sums, fp8.as_bytes((kept, tiles, blocks)), weight_M, group_sizes_G)
 
 
 def _bwd(options, saved, dy_MD):
-    target, codes, weight_M, group_sizes_G = saved
-    kept, blocks = fp8.from_bytes(codes)
-    width = blocks.transposed.shape[-2]
-    gate_MF, up_MF = (fp8.decode_tiles(codes, scale, width) for codes, scale in kept)
-    counts_m = real_rows(group_sizes_G, dy_MD.shape[0])
-    given = dict(counts_m=counts_m, implementation=options.implementation)
+    targets, codes, weight_M, group_sizes_G = saved
+    kept, tiles, (w_gate, w_up, w_down) = fp8.from_bytes(codes)
+    given = dict(
+        counts_m=_real_rows(group_sizes_G, dy_MD), implementation=options.implementation
+    )
     # The gradients of experts' outputs arrive as codes with scales that are powers of two: this
     # finds the same codes again.
     exact = group_sizes_G is not None
     dy, dy_columns = quantize_tiles(dy_MD, by="both", power_of_two=exact, **given)
-    dhidden_MF = multiply(dy, transposed(blocks), group_sizes_G, options)
-    if weight_M is None:
-        _, gradients = jax.vjp(swiglu, gate_MF, up_MF)
-        dgate_MF, dup_MF, dweight_M = (*gradients(dhidden_MF), None)
-    else:
-        weighted = lambda gate, up, weight: swiglu(gate, up, weight[:, None])
-        _, gradients = jax.vjp(weighted, gate_MF, up_MF, weight_M)
-        dgate_MF, dup_MF, dweight_M = gradients(dhidden_MF)
-    hidden_columns = swiglu_tiles(gate_MF, up_MF, weight_M, by="columns", **given)
-    dw = weight_gradient(dy_columns, hidden_columns, group_sizes_G, target, options)
-    return dgate_MF, dup_MF, dweight_M, dw, None, None
+    dhidden_MF = multiply(dy, transposed(w_down), group_sizes_G, options)
+    gate, up = (Tiles(codes, fp8.by_block(scale)) for codes, scale in tiles)
+    d = swiglu_gradient_tiles(gate, up, dhidden_MF, weight_M, **given)
+    dx_MD = multiply(d.gate, transposed(w_gate), group_sizes_G, options)
+    dx_MD += multiply(d.up, transposed(w_up), group_sizes_G, options)
+    x_columns = fp8.by_columns(kept, dy_MD.shape[1], **given)
+    columns = (d.gate_columns, x_columns), (d.up_columns, x_columns), (dy_columns,
+                                                                        d.product_columns)
+    dw = tuple(
+        weight_gradient(*operands, group_sizes_G, target, options)
+        for operands, target in zip(columns, targets, strict=True)
+    )
+    return dx_MD, d.weight_M, dw, None, None, None
 
 
-_swiglu_product_fp8.defvjp(_fwd, _bwd)
+_gated_ffn_fp8.defvjp(_fwd, _bwd)
+
+
+def _real_rows(group_sizes_G: jax.Array | None, x_MD: jax.Array) -> jax.Array | None:
+    """Rows of each 128 that hold data; None where all do."""
+    return None if group_sizes_G is None else rows_of_blocks(group_sizes_G, x_MD.shape[0])

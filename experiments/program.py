@@ -38,14 +38,14 @@ SAME = LAYOUT - {"concatenate", "dynamic_update_slice", "iota", "stack"}
 WHOLE = {
     "_grouped_matmul": "grouped_matmul",
     "_product_fp8": "linear",
-    "_swiglu_product_fp8": "swiglu_linear",
+    "_gated_ffn_fp8": "gated_ffn",
 }
 # Around and inside a call of one of our kernels; the label of such an operation.
 KERNEL_CALLS, KERNEL = ("custom_vmap_call", "mpmd_map"), "kernel"
 # cuDNN's attention, whose operands begin with queries, keys and values [B, T, N, width].
 ATTENTION = "dot_product_attention_fwd_wrapper"
 PRODUCTS = frozenset(
-    ("dot_general", ATTENTION, *WHOLE.values(), "grouped_linear", "grouped_swiglu_linear")
+    ("dot_general", ATTENTION, *WHOLE.values(), "grouped_gated_ffn")
 )
 
 
@@ -159,11 +159,15 @@ def _op(eqn, body, uses: list[str | None], inside: str, times: int) -> Op:
     elif body is not None:
         name = WHOLE[body.debug_info.func_name]
         contracted = next((x.shape[-1] for x in operands if x.shape), 0)
-        if name in ("linear", "swiglu_linear"):
+        if name in ("linear", "gated_ffn"):
             kernels = kernels_of(body)
             label = f"by {', '.join(kernels)}" if kernels else "by the reference"
             # Group sizes are the one operand of integers.
             name = f"grouped_{name}" if any(x.dtype == "int32" for x in operands) else name
+        if name.endswith("gated_ffn"):
+            # Three products of as many multiplications: over F once, over D twice.
+            gate = next(x for x in operands if len(x.shape) > 1 and x.dtype == "fp32")
+            contracted = 3 * gate.shape[-2]
     elif name in KERNEL_CALLS:
         name, label = kernel_name(eqn), KERNEL
     elif name == ATTENTION:
@@ -189,9 +193,8 @@ def kernel_name(eqn) -> str:
     """The name that a call of a kernel has in profiles."""
     if "meshes" in eqn.params:
         return str(eqn.params["name"])
-    inner = (_open(value) for value in eqn.params.values() if _is_jaxpr(value))
-    return next(kernel_name(e) for jaxpr in inner for e in jaxpr.eqns
-                if e.primitive.name in KERNEL_CALLS)
+    bodies = (value for value in eqn.params.values() if _is_jaxpr(value))
+    return next(kernel_name(call) for body in bodies for call, _ in kernel_calls(body))
 
 
 def kernels_of(body) -> list[str]:

@@ -103,7 +103,6 @@ def _down_fwd(kind, gate, up, weight, w):
 
 def _down_bwd(kind, saved, dy):
     gate, up, weight, w = saved
-    gate, up = to_bf16(gate), to_bf16(up)
     exact = kind == "experts"
     dy = by_rows(dy, power_of_two=True) if exact else dy
     dhidden = to_bf16(by_rows(dy, power_of_two=exact) @ blocks(w))

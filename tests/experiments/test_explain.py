@@ -181,16 +181,17 @@ def test_every_matrix_of_an_fp8_model_but_router_and_head_multiplies_in_fp8(fp8)
             elif name == "head_VD":
                 assert row["computes in"] == "dot_general bf16"
             elif len(row["letters"].strip("L")) > 1 and name != "embed_VD":
-                assert row["computes in"].endswith("linear fp8"), row
+                assert row["computes in"].endswith(("linear fp8", "gated_ffn fp8")), row
         assert {op.computes for op in ops if op.name in program.WHOLE.values()} == {"fp8"}
 
 
 def test_explain_names_the_kernels_of_fp8_products_or_the_reference(fp8):
     _, (h200, _), (cpu, _) = fp8
-    label = lambda ops: {op.name: op.label for op in ops if op.name.endswith("linear")}
+    label = lambda ops: {op.name: op.label for op in ops if op.name.endswith(("linear", "ffn"))}
     assert label(h200)["linear"].endswith("matmul_fp8")
-    assert label(h200)["grouped_linear"] == "by grouped_matmul_fp8_by_rows"
-    assert label(h200)["grouped_swiglu_linear"].startswith("by swiglu_quantize_fp8, grouped_matmul")
+    assert label(h200)["gated_ffn"] == "by matmul_fp8, swiglu_quantize_fp8"
+    grouped = "by grouped_matmul_fp8_by_rows, swiglu_quantize_fp8"
+    assert label(h200)["grouped_gated_ffn"] == grouped
     assert set(label(cpu).values()) == {"by the reference"}
 
 
