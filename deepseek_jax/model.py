@@ -4,19 +4,22 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from deepseek_jax import mtp as mtp_modules
-from deepseek_jax.block import checkpointed, run_stack, stack
+from deepseek_jax.block import Block, checkpointed, run_stack, stack
 from deepseek_jax.config import ModelConfig, Precision
 from deepseek_jax.fp8 import is_quantized, quantize_weights
 from deepseek_jax.layers import embed, normal, ones, rms_norm
 from deepseek_jax.linear import DTYPES, einsum
-from deepseek_jax.moe import Load, MoE
+from deepseek_jax.moe import Load, MoE, placed
 from deepseek_jax.rope import positions, rotations
 from deepseek_jax.stored import may_be_stored, store
 from sharding import shard
+from sharding.expert_copies import check_placement
+from sharding.placement import current_mesh, current_scheme
 
 
 @jax.tree_util.register_dataclass
@@ -173,17 +176,44 @@ class Model(nnx.Module):
 
 
 def ready(model: Model) -> Model:
-    """The model with its weights as products read them: in FP8 quantised, once for all that follow.
+    """The model with its weights as products read them, made once for all that follow.
 
-    Their gradients flow to the weights as they were.
+    In FP8 they are quantised; with a placement, those of experts are brought to their places. Their
+    gradients flow to the weights as they were.
     """
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     weights = nnx.to_pure_dict(params)
     done = any(map(is_quantized, jax.tree.leaves(weights, is_leaf=is_quantized)))
-    if model.precision.matmul != "fp8" or done:
+    if model.precision.matmul == "fp8" and not done:
+        weights = quantize_weights(weights, model.precision.implementation)
+        model = nnx.merge(graphdef, nnx.State(weights), rest)
+    table, stacks = current_scheme().placement, with_experts(model)
+    if table is None or not stacks or stacks[0].ffn.place_EJ is not None:
         return model
-    weights = quantize_weights(weights, model.precision.implementation)
-    return nnx.merge(graphdef, nnx.State(weights), rest)
+    return with_placement(model, np.asarray(table, np.int32))
+
+
+def with_experts(model: Model) -> list[Block]:
+    """The stacks of blocks that have experts, in the order of expert counts."""
+    blocks = (model.moe, model.mtp and model.mtp.block)
+    return [block for block in blocks if block is not None and isinstance(block.ffn, MoE)]
+
+
+def with_placement(model: Model, expert_LP: np.ndarray) -> Model:
+    """A copy of the model whose experts lie where the table of all layers says."""
+    config, mesh = model.config, current_mesh()
+    sizes = [config.num_moe_layers, config.num_mtp]
+    check_placement(
+        expert_LP,
+        layers=sum(sizes),
+        experts=config.num_experts,
+        devices=1 if mesh is None else mesh.shape["expert"],
+    )
+    model = nnx.merge(*nnx.split(model))
+    tables = np.split(expert_LP, sizes[:1])
+    for block, table in zip(with_experts(model), tables, strict=False):
+        placed(block.ffn, table)
+    return model
 
 
 def cast_weights(model: Model, format: str) -> None:

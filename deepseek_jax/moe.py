@@ -8,17 +8,19 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from deepseek_jax import fp8
+from deepseek_jax import experts_in_place, fp8
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.experts import expert_ffn, results_format, to_rows, to_tokens
 from deepseek_jax.layers import FeedForward, RoutingBias, normal
 from deepseek_jax.linear import Activation
 from pallas_kernels.mosaic import target
 from sharding import local
-from sharding.expert_parallel import dispatch_choices, plan_path
+from sharding.expert_copies import copy_weights, deal, places_of
+from sharding.expert_parallel import dispatch_choices, expert_device, plan_path
 from sharding.placement import is_split
 
 
@@ -30,12 +32,17 @@ class Load(NamedTuple):
     lost: jax.Array  # int32: choices for which dispatch had no room; the step is then void
 
 
+class Places(nnx.Variable):
+    """Where each expert's copies are: static tables that no gradient reaches."""
+
+
 class MoE(nnx.Module):
     """Shared experts for every token, K of E routed experts chosen by the router."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.combine = "bf16"  # a key of Precision.combine; the model says which
+        self.place_EJ = nnx.data(None)  # with a placement, E of the weights counts places
         D, E, F = config.model_dim, config.num_experts, config.expert_ffn_dim
         self.router_ED = normal(rngs, (E, D), config)
         if config.has_routing_bias:
@@ -57,13 +64,15 @@ class MoE(nnx.Module):
         weights = (self.w_gate_EFD[...], self.w_up_EFD[...], self.w_down_EDF[...])
         experts = functools.partial(
             run_experts,
-            num_experts=config.num_experts,
+            num_places=weights[2].shape[0],
             exchanged=is_split(expert_BTK, "BTK", "expert"),
             combine=self.combine,
         )
-        y_BTD, lost = fp8.on_shards(
-            experts, "BTD,BTK,BTK,EFD,EFD,EDF->BTD,", x_BTD, expert_BTK, weight_BTK, *weights
-        )
+        signature, operands = "BTD,BTK,BTK,EFD,EFD,EDF", (x_BTD, expert_BTK, weight_BTK, *weights)
+        if self.place_EJ is not None:
+            # Every device needs the whole table, so its E is none that a mesh axis splits.
+            signature, operands = f"{signature},_J", (*operands, self.place_EJ[...])
+        y_BTD, lost = fp8.on_shards(experts, f"{signature}->BTD,", *operands)
         load = Load(
             expert_counts(expert_BTK, config.num_experts, valid_BT),
             sequence_loss(score_BTE, config, valid_BT),
@@ -169,8 +178,9 @@ def run_experts(
     w_gate_EFD,
     w_up_EFD,
     w_down_EDF,
+    place_EJ=None,
     *,
-    num_experts: int,
+    num_places: int,
     exchanged: bool = True,
     combine: str = "bf16",
 ) -> tuple[Float[Array, "B T D"], Int[Array, ""]]:
@@ -179,16 +189,26 @@ def run_experts(
     Also returns the number of choices that found no room in the buffers of dispatch.
 
     Args:
+      place_EJ: the places of each expert, if they are not the experts themselves in order.
       exchanged: whether devices with other experts have other tokens.
       combine: the format in which results go back to the devices of their tokens.
     """
     B, T, D = x_BTD.shape
     K, held = expert_BTK.shape[-1], w_gate_EFD.shape[0]
     quantized = fp8.is_quantized(w_down_EDF)
-    alignment = fp8.TILE if quantized else row_alignment(B * T * K, num_experts)
+    if held == num_places and place_EJ is None and not quantized:
+        if experts_in_place.suits(B * T, B * T * K, held):
+            few = [leaf.reshape(B * T, -1) for leaf in (x_BTD, expert_BTK, weight_BTK)]
+            y_TD = experts_in_place.ffn_in_place(*few, (w_gate_EFD, w_up_EFD, w_down_EDF))
+            return y_TD.reshape(B, T, D), 0 * expert_BTK[0, 0, 0]
+    alignment = fp8.TILE if quantized else row_alignment(B * T * K, num_places)
+    place_TK = expert_BTK.reshape(B * T, K)
+    if place_EJ is not None:
+        # Where tokens are copies, all devices must choose alike.
+        place_TK = deal(place_TK, place_EJ, first=expert_device() if exchanged else 0)
     path = plan_path(
-        expert_BTK.reshape(B * T, K),
-        num_experts,
+        place_TK,
+        num_places,
         alignment,
         held=held,
         exchanged=exchanged,
@@ -200,6 +220,15 @@ def run_experts(
     weights = (w_gate_EFD, w_up_EFD, w_down_EDF)
     y_MD = expert_ffn(x_MD, weight_M, weights, path.rows.group_sizes_E, alignment)
     return to_tokens(y_MD, path, w_down_EDF).reshape(B, T, D), path.lost
+
+
+def placed(moe: MoE, expert_LP: np.ndarray) -> None:
+    """Brings the weights of stacked layers to the places of a placement, copies included."""
+    params = (moe.w_gate_EFD, moe.w_up_EFD, moe.w_down_EDF)
+    weights = copy_weights([param.get_value() for param in params], expert_LP)
+    for param, weight in zip(params, weights, strict=True):
+        param.set_value(weight)
+    moe.place_EJ = Places(jnp.asarray(places_of(expert_LP, moe.config.num_experts)))
 
 
 def row_alignment(num_rows: int, num_experts: int) -> int:

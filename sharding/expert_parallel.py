@@ -121,6 +121,11 @@ def plan_path(
     return Path(tuple(layouts), hops)
 
 
+def expert_device() -> jax.Array:
+    """The number of this device along the expert axis."""
+    return jax.lax.axis_index(AXIS)
+
+
 def axis_hops(ranks: int, nodes: int) -> tuple[Hop, ...]:
     """The hops over an expert axis of `ranks` devices, consecutive ones in a node."""
     inside = ranks // nodes

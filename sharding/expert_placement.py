@@ -114,6 +114,22 @@ def device_load(load_LE: np.ndarray, placed: Placement, devices: int) -> np.ndar
     return share_LP.reshape(len(share_LP), devices, -1).sum(2)
 
 
+def device_rows(counts_SE: np.ndarray, expert_P: np.ndarray, devices: int) -> np.ndarray:
+    """Rows of each device of a layer, exactly, as dispatch deals choices to copies.
+
+    Device s of S, which has counts_SE[s] choices of each expert, begins with copy s and takes the
+    copies in turn.
+    """
+    S, E = counts_SE.shape
+    rows_P = np.zeros(len(expert_P), np.int64)
+    for expert in range(E):
+        places = np.flatnonzero(expert_P == expert)
+        for sender, copy in np.ndindex(S, len(places)):
+            before = (copy - sender) % len(places)
+            rows_P[places[copy]] += -(-max(counts_SE[sender, expert] - before, 0) // len(places))
+    return rows_P.reshape(devices, -1).sum(1)
+
+
 def busiest_over_mean(load_LE: np.ndarray, placed: Placement, devices: int) -> np.ndarray:
     """The load of the busiest device over the mean, [L]; 1 where nothing is loaded."""
     device_LK = device_load(load_LE, placed, devices)

@@ -43,6 +43,9 @@ class Scheme:
     room: float | None = None
     # Only rows that hold tokens travel between devices, not whole buffers; no CPU can do it.
     ragged: bool = False
+    # Of each layer of experts, those of MTP last: the expert in each place, equally many places on
+    # each device of the expert axis. None: every expert has one place, in order.
+    placement: tuple[tuple[int, ...], ...] | None = None
 
 
 _scheme: contextvars.ContextVar[Scheme | None] = contextvars.ContextVar("scheme", default=None)

@@ -200,15 +200,15 @@ def test_no_token_is_lost_whatever_the_skew(kind, relative_error, limits):
 
     def value_and_gradients(fn):
         def total(x_BTD, weight_BTK, w):
-            y_BTD, _ = fn(x_BTD, expert_BTK, weight_BTK, **w, num_experts=E)
+            y_BTD, _ = fn(x_BTD, expert_BTK, weight_BTK, **w)
             return jnp.sum(jnp.sin(y_BTD)), y_BTD
 
         compute = jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)
         (_, y_BTD), gradients = compiled(compute, x_BTD, weight_BTK, w)(x_BTD, weight_BTK, w)
         return y_BTD, gradients
 
-    y_BTD, gradients = value_and_gradients(moe.run_experts)
-    expected_BTD, expected = value_and_gradients(dense)
+    y_BTD, gradients = value_and_gradients(functools.partial(moe.run_experts, num_places=E))
+    expected_BTD, expected = value_and_gradients(functools.partial(dense, num_experts=E))
     assert relative_error(y_BTD, expected_BTD) < limits["fp32"].value
     for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
         assert relative_error(a, b) < limits["fp32"].gradient
@@ -224,7 +224,7 @@ def test_a_token_gets_the_same_bits_whatever_the_others_choose():
     w = layer_weights(TINY)
     expert_BTK = skewed("random", B, T, 6, E).astype(np.int32)
     args = x_BTD, expert_BTK, jnp.asarray(rng.rand(B, T, 6), jnp.float32), *w.values()
-    run = compiled(functools.partial(moe.run_experts, num_experts=E), *args)
+    run = compiled(functools.partial(moe.run_experts, num_places=E), *args)
     before, _ = run(*args)
     others = expert_BTK.copy()
     others[1:] = others[0, 0]
