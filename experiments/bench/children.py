@@ -1,7 +1,9 @@
 """Cases of a benchmark in processes of their own, so that one that fails or hangs costs one row."""
 
 import json
+import os
 import queue
+import re
 import subprocess
 import sys
 import tempfile
@@ -13,6 +15,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+
+from experiments.processes import group, supervise
 
 GRACE = 15  # seconds that processes have to end by themselves
 
@@ -55,6 +59,15 @@ def devices_here() -> Row:
     first = jax.devices()[0]
     return {"count": jax.device_count(), "kind": first.device_kind, "platform": first.platform,
             "jax": jax.__version__}  # fmt: skip
+
+
+def several(processes: int, words: Sequence[str]) -> int:
+    """Runs this program as so many processes, which share the host's devices; its exit code."""
+    # CPU devices are made up by each process; GPUs are shared out with the places.
+    flags = os.environ.get("XLA_FLAGS", "")
+    share = lambda found: f"{found[1]}{int(found[2]) // processes}"
+    os.environ["XLA_FLAGS"] = re.sub(r"(host_platform_device_count=)(\d+)", share, flags)
+    return supervise(group(processes), ["-m", *words])
 
 
 class Child:

@@ -20,6 +20,7 @@ import numpy as np
 
 from deepseek_jax import fp8
 from experiments import processes
+from experiments.bench.children import several
 from experiments.bench.kernel_run import brief
 from pallas_kernels.quantize_fp8 import quantize_tiles
 from sharding.expert_parallel import (
@@ -58,13 +59,13 @@ class Direction(NamedTuple):
 
 def main() -> None:
     """The file's cases, one after the other; one that fails says so."""
-    if processes.here() is None and len(sys.argv) > 2:
-        places = processes.group(int(sys.argv[2]))
-        raise SystemExit(processes.supervise(places, ["-m", __spec__.name, sys.argv[1]]))
+    path, *count = sys.argv[1:]
     place = processes.here()
+    if count and place is None:
+        raise SystemExit(several(int(count[0]), [__spec__.name, *sys.argv[1:]]))
     if place is not None:
         processes.join(place)
-    for case in json.loads(Path(sys.argv[1]).read_text()):
+    for case in json.loads(Path(path).read_text()):
         try:
             found = timed(case)
         except Exception as error:

@@ -18,6 +18,7 @@ import numpy as np
 
 from deepseek_jax.training import init_state, make_train_step
 from experiments import processes
+from experiments.bench.children import several
 from experiments.bench.exposed import collectives, read_trace, waits
 from experiments.bench.kernel_run import brief
 from experiments.planning.compile import abstract_arguments, setup_of
@@ -31,12 +32,10 @@ WARM_UP = 2
 
 def main() -> None:
     """The words of the command line."""
-    word, *rest = sys.argv[1:]
-    path = rest[0]
-    if len(rest) > 1 and processes.here() is None:
-        places = processes.group(int(rest[1]))
-        raise SystemExit(processes.supervise(places, ["-m", __spec__.name, *sys.argv[1:]]))
+    word, path, *count = sys.argv[1:]
     place = processes.here()
+    if count and place is None:
+        raise SystemExit(several(int(count[0]), [__spec__.name, *sys.argv[1:]]))
     if place is not None:
         processes.join(place)
     for case in json.loads(Path(path).read_text()):
@@ -93,10 +92,11 @@ def measured(case: dict[str, Any]) -> dict[str, Any]:
     # Only what rose above the cases before is this one's own.
     found["peak"] = peak() if peak() > before else None
     # What comes now must not cost the row its times.
-    extras = {"differing": lambda: differing_replicas(state, mesh)}
-    if case["profile"]:
-        extras["waits"] = lambda: profile(lambda: step(state, batch), step, setup)
-    for name, extra in extras.items():
+    extras = {
+        "differing": lambda: differing_replicas(state, mesh),
+        "waits": lambda: profile(lambda: step(state, batch), step, setup),
+    }
+    for name, extra in extras.items() if case["inspected"] else ():
         try:
             found[name] = extra()
         except Exception as error:

@@ -19,7 +19,7 @@ ALONE = dict.fromkeys(AXES, 1)
 # The formula of memory is an estimate: only what is this far beyond a device is not tried.
 BEYOND = 1.25
 # Steps of a case that is only timed.
-TIMED_STEPS = 8
+TIMED_STEPS = 7
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Case:
     steps: int
     sequences: int  # of a device in a micro-batch
     role: str = "mesh"  # or: alone, one device's share; reference, all tokens on one device
+    inspected: bool = False  # its replicas are compared, and a step is profiled
     processes: int = 1
 
     @property
@@ -53,7 +54,7 @@ class Case:
         """What a process that runs it is told."""
         target = self.setup.cluster.accelerator.platform
         return {"key": self.key, "setup": words_of(self.setup, target), "steps": self.steps,
-                "profile": self.role != "reference"}  # fmt: skip
+                "inspected": self.inspected}  # fmt: skip
 
     @property
     def seconds(self) -> float:
@@ -114,7 +115,7 @@ def cases(
     """One device alone with each micro-batch, the reference of the losses, then mesh by mesh.
 
     The largest micro-batch is a device's whole share of a step, and it alone runs all `steps`;
-    smaller ones are accumulated to as many tokens.
+    smaller ones are accumulated to as many tokens and only timed.
     """
     share, total = max(micro_batches), max(micro_batches) * cluster.devices
     one = dataclasses.replace(cluster, name=cluster.name.partition("x")[0] + "x1", devices=1)
@@ -124,11 +125,13 @@ def cases(
     yield Case(make(one, ALONE, share, total), name, steps, share, "reference")
     for mesh in chosen:
         for n in sorted(micro_batches):
-            often = steps if n == share else TIMED_STEPS
-            yield Case(make(cluster, mesh, n, total), name, often, n)
+            whole = n == share
+            often = steps if whole else TIMED_STEPS
+            yield Case(make(cluster, mesh, n, total), name, often, n, inspected=whole)
     for count in processes:
         for mesh in chosen if count > 1 else ():
-            yield Case(make(cluster, mesh, share, total), name, steps, share, processes=count)
+            yield Case(make(cluster, mesh, share, total), name, steps, share, inspected=True,
+                       processes=count)  # fmt: skip
 
 
 def legal_meshes(run: Run, devices: int) -> list[dict[str, int]]:

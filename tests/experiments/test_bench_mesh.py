@@ -78,9 +78,9 @@ def measured(compile_cache):
     for words, devices in (("data=1", 1), ("fsdp=2", 2)):
         setup = setup_of_tokens(RUN, cluster(f"cpux{devices}"), mesh_of(words, devices),
                                 sequences=2, total=4)  # fmt: skip
-        case = Case(setup, "small", steps=4, sequences=2)
-        words = json.loads(json.dumps({**case.words, "profile": False}))
-        found[devices] = json.loads(json.dumps(mesh_case.measured(words)))
+        case = Case(setup, "small", steps=4, sequences=2, inspected=devices > 1)
+        found[devices] = json.loads(json.dumps(
+            mesh_case.measured(json.loads(json.dumps(case.words)))))
     return found
 
 
@@ -91,6 +91,8 @@ def test_losses_and_choices_on_a_mesh_are_those_of_one_device(measured):
     assert one["counts"] == two["counts"]
     assert np.sum(one["counts"]) == 4 * 12 * CONFIG.experts_per_token
     assert two["differing"] == 0 and two["compiled"] > 0
+    # The profile of a CPU shows no streams of a GPU.
+    assert two["waits"] is None and "note" not in two and "differing" not in one
 
 
 def rows_of(found_of, *, planned=1.0, words=("data=2", "expert=2"), **more):
