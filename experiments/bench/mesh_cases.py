@@ -135,6 +135,6 @@ def cases(
 
 
 def legal_meshes(run: Run, devices: int) -> list[dict[str, int]]:
-    """Every legal mesh of so many devices that leaves none out, one axis before two."""
+    """Every legal mesh of so many devices: of one axis before those of two, tensor last."""
     found = list(meshes(run, devices))
-    return sorted(found, key=lambda mesh: sum(n > 1 for n in mesh.values()))
+    return sorted(found, key=lambda mesh: (sum(n > 1 for n in mesh.values()), mesh["tensor"]))
