@@ -151,19 +151,11 @@ def _body(
             pipeline.store(pipeline.pieces_of(total, tiles), out, out_smem, tiles)
             return slot
 
-        # A warpgroup without rows in this tile leaves the tensor cores to the others and writes
-        # nothing.
         def pass_by(slot):
-            def step(_, slot):
-                plgpu.barrier_wait(full.at[slot])
-                # Without WGMMAs only this keeps the four warps in the same phase.
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(free.at[slot])
-                return next_slot(slot)
+            next_slots = lambda slot: (next_slot(slot),)
+            return pipeline.pass_by(steps, (slot,), full, free, next_slots)[0]
 
-            return lax.fori_loop(0, steps, step, slot)
-
-        return lax.cond(row < end, multiply, pass_by, slot)
+        return lax.cond((row < end) & (column < n), multiply, pass_by, slot)
 
     pipeline.specialise(lambda: loop(fetch), lambda: loop(produce), free, tiles)
 

@@ -141,7 +141,7 @@ def _body(y_gmem, x_gmem, y_scale_gmem, x_scale_gmem, starts_gmem, sizes_gmem, *
 
             scales = [column_scale(start) for start in early]
 
-            def multiply(acc):
+            def product(acc):
                 plgpu.wgmma(acc, y_smem.at[slot, own], mosaic.transpose(x_smem.at[slot]))
                 part = plgpu.wgmma_accumulator_load(acc, wait_n=0)
                 plgpu.barrier_arrive(free.at[slot])
@@ -152,23 +152,29 @@ def _body(y_gmem, x_gmem, y_scale_gmem, x_scale_gmem, starts_gmem, sizes_gmem, *
                     found.append(total + piece * by_column * by_row)
                 return tuple(found)
 
-            totals = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+            totals = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
             return *next_slots(slot, scale_slot), totals
 
-        zeros = plgpu.layout_cast(jnp.zeros(piece_shape, jnp.float32), layout)
-        *slots, totals = lax.fori_loop(0, steps, step, (*slots, (zeros,) * len(pieces)))
-        each = tiles.store_columns // width
-        totals = [
-            mosaic.concatenate_columns(totals[i : i + each]) for i in range(0, len(totals), each)
-        ]
-        if add:
-            # Nothing is added for a group without tokens.
-            pl.when(steps > 0)(
-                lambda: pipeline.store(totals, out, w_smem, tiles, add=not sums, sums=sums)
-            )
-        else:
-            pipeline.store(totals, out, w_smem, tiles)
-        return tuple(slots)
+        def multiply(slots):
+            zeros = plgpu.layout_cast(jnp.zeros(piece_shape, jnp.float32), layout)
+            *slots, totals = lax.fori_loop(0, steps, step, (*slots, (zeros,) * len(pieces)))
+            each = tiles.store_columns // width
+            totals = [
+                mosaic.concatenate_columns(totals[i : i + each])
+                for i in range(0, len(totals), each)
+            ]
+            if add:
+                # Nothing is added for a group without tokens.
+                pl.when(steps > 0)(
+                    lambda: pipeline.store(totals, out, w_smem, tiles, add=not sums, sums=sums)
+                )
+            else:
+                pipeline.store(totals, out, w_smem, tiles)
+            return tuple(slots)
+
+        pass_by = lambda slots: pipeline.pass_by(steps, slots, full, free, next_slots)
+        inside = (row + warpgroup * 64 < n) & (column < k)
+        return lax.cond(inside, multiply, pass_by, tuple(slots))
 
     pipeline.specialise(lambda: loop(fetch), lambda: loop(produce), free, tiles)
 
