@@ -13,10 +13,13 @@ import numpy as np
 from experiments.bench import logfmt
 from experiments.bench.kernel_data import BF16, F32
 from experiments.bench.kernel_report import verdict
-from experiments.bench.kernel_run import use_cache
+from experiments.bench.kernel_run import cores, use_cache
 from pallas_kernels.grouped_matmul_fp8 import by_contraction, by_rows
+from pallas_kernels.grouped_matmul_fp8 import tuned as grouped_tiles
 from pallas_kernels.grouped_matmul_fp8.api import rows_of_blocks
+from pallas_kernels.matmul_fp8 import hopper as dense_fp8
 from pallas_kernels.matmul_fp8 import matmul, weight_gradient
+from pallas_kernels.matmul_fp8 import tuned as dense_tiles
 from pallas_kernels.quantize_fp8 import (
     Tiles,
     quantize_blocks,
@@ -65,6 +68,20 @@ def gemm() -> Iterator[Verdict]:
         yield from error_and_repeats(name, right, 2e-4, call, y, x)
         right = right + float64(total)
         yield from error_and_repeats(f"{name}, accumulating", right, 2e-4, call, y, x, total)
+    if jax.devices()[0].platform == "gpu":
+        yield from measured_gradients()
+
+
+def measured_gradients() -> Iterator[Verdict]:
+    """Tiles in the tables are for shapes that they divide; here on one that they do not."""
+    y, x = (quantize_tiles(normal(520, width), by="columns") for width in (2112, 592))
+    total = normal(2112, 592, dtype=F32)
+    right = values(y) @ values(x).T + float64(total)
+    tables = (dense_tiles.GRADIENT_TILES, grouped_tiles.GRADIENT_TILES)
+    for tiles in {tiles for table in tables for tiles in table.values()}:
+        call = functools.partial(dense_fp8.weight_gradient, tiles=tiles, cores=cores())
+        found = poisoned(jax.jit(call), *y, *x, total)
+        yield verdict(f"weight gradient, {tiles}: error", error(found, right), 2e-4, most=True)
 
 
 def errors(data: str, k: int) -> Iterator[Verdict]:
