@@ -3,6 +3,7 @@
 A checkpoint holds names, shapes and numbers: it depends on no module class and on no mesh.
 """
 
+import contextlib
 import functools
 import logging
 import os
@@ -32,6 +33,7 @@ class Checkpoints:
 
     def __init__(self, directory: str | os.PathLike, *, keep: int | None = 3):
         self.directory = Path(directory).resolve()
+        _say_errors_once()
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -67,7 +69,9 @@ class Checkpoints:
         self._or_os_error(None, self._manager.wait_until_finished)
 
     def close(self) -> None:
-        self._manager.close()
+        # What could not be written has been raised by `save` or `wait`, or is not missed.
+        with contextlib.suppress(Exception):
+            self._manager.close()
 
     def restore(
         self, run: Run, mesh: jax.sharding.Mesh | None = None, *, step: int | None = None
@@ -90,7 +94,6 @@ class Checkpoints:
         try:
             tree = self._manager.restore(step, args=ocp.args.StandardRestore(target))
         except Exception as error:
-            _drop_late_errors()
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
                 f"checkpoint {self.directory / str(step)} cannot be restored; it is damaged or of "
@@ -107,7 +110,7 @@ class Checkpoints:
             os.ftruncate(probe.fileno(), min(size, LARGEST_FILE))
         free = shutil.disk_usage(self.directory).free
         if free < size:
-            raise OSError(f"{size / 1e9:.3f} GB are needed, {free / 1e9:.3f} GB are free")
+            raise OSError(f"{size / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} are free")
 
     def _or_os_error(self, step: int | None, write) -> None:
         try:
@@ -123,10 +126,10 @@ class Checkpoints:
 
 
 @functools.cache
-def _drop_late_errors() -> None:
-    """Keeps Orbax's other reading tasks from printing their errors after the first was raised.
+def _say_errors_once() -> None:
+    """Keeps Orbax from printing errors that it raises too, or that follow from the one it raises.
 
-    There is one for each array, and they come whenever a task dies, even as the process ends.
+    Its tasks, one for each array, print theirs whenever they die, even as the process ends.
     """
     before = sys.unraisablehook
 
@@ -137,6 +140,9 @@ def _drop_late_errors() -> None:
             before(late)
 
     sys.unraisablehook = hook
+    logging.getLogger("absl").addFilter(
+        lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname
+    )
     logging.getLogger("asyncio").addFilter(
         lambda record: "tensorstore" not in record.getMessage().lower()
         and "orbax" not in record.getMessage()

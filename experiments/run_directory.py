@@ -58,7 +58,8 @@ class RunDirectory:
             raise ValueError(f"run path {self.path} is a file: name a directory")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / ".lock").open("a")
+            path = self.path / ".lock"
+            lock = path.open("a")
         except OSError as error:
             raise ValueError(
                 f"run path {self.path} cannot be written ({error.strerror}): name another --run"
@@ -73,7 +74,10 @@ class RunDirectory:
                 ) from error
             except OSError:
                 pass  # a file system that knows no locks
-            yield
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
 
     def write_config(self, record: dict[str, Any]) -> None:
         with writing(self.config):

@@ -21,6 +21,7 @@ from experiments.data.batches import BatchSource, prefetch
 from experiments.data.shards import TokenShards
 from experiments.devices import ONE_DEVICE, Devices, place_batch
 from experiments.display import TrainingDisplay
+from experiments.events import Events
 from experiments.imported import imported_state
 from experiments.processes import asked_to_stop
 from experiments.run_directory import MetricsLog, RunDirectory
@@ -104,7 +105,7 @@ def train(
         stack.callback(display.stop)
         log = MetricsLog(directory.metrics, resume_step=begin)
         stack.callback(log.close)
-        events = open_events(directory.events, begin)
+        events = Events(directory.events, first_step=begin + 1)
         stack.callback(events.close)
         tracing = stack.enter_context(contextlib.ExitStack())
         alone = jax.process_count() == 1
@@ -229,9 +230,8 @@ def report(pending, measure, log, events, display, run: Run, names: list[str]) -
     entry = measure.entry(step, shape, metrics)
     log.write(entry)
     display.update(entry)
-    for name, value in entry.items():
-        if isinstance(value, float) and math.isfinite(value):
-            events.add_scalar(name, value, step)
+    finite = lambda value: isinstance(value, float) and math.isfinite(value)
+    events.write(step, {name: value for name, value in entry.items() if finite(value)})
     if entry["skipped_in_row"] >= run.max_skipped:
         bad = int(metrics["bad_tensor"])
         where = f"the gradient of {names[bad]}" if bad >= 0 else "the loss"
@@ -292,25 +292,6 @@ class StopSignals:
     def __exit__(self, *exception) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
-
-
-class NoEvents:
-    """Stands in for the TensorBoard writer where tensorboardX is not installed."""
-
-    def add_scalar(self, name: str, value: float, step: int) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-def open_events(path: Path, step: int):
-    """A TensorBoard writer that drops what an earlier process wrote after `step`."""
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        return NoEvents()
-    return SummaryWriter(str(path), purge_step=step + 1)
 
 
 def chain(first, rest):

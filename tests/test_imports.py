@@ -34,8 +34,8 @@ COLLECTIVES = {
 }  # fmt: skip
 # Imported where they are used, so that training on tokenised shards needs none of them.
 LATE = (
-    "grain", "huggingface_hub", "matplotlib", "pyarrow", "safetensors", "tensorboardX",
-    "tokenizers", "torch", "transformers", "wandb", "zstandard",
+    "grain", "huggingface_hub", "matplotlib", "pyarrow", "safetensors", "tokenizers",
+    "torch", "transformers", "wandb", "zstandard",
 )  # fmt: skip
 SOURCES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))

@@ -362,20 +362,26 @@ def test_a_disk_that_tokens_fill(trained, tmp_path):
 
 LIMITED = """
 import resource, sys
+{}
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 from experiments.__main__ import main
 sys.exit(main())
 """
 
 
-def test_a_disk_that_a_checkpoint_fills(trained, compile_cache, tmp_path):
+# As if the disk had had room when writing began.
+FILLING = "from deepseek_jax.checkpoint import Checkpoints as C; C._check_room = lambda *_: None"
+
+
+@pytest.mark.parametrize("before", ["", FILLING], ids=["before", "while-it-is-written"])
+def test_a_disk_that_a_checkpoint_fills(before, trained, compile_cache, tmp_path):
     run = tmp_path / "run"
     # Programs are read from the cache, but none of those limited files is written there.
     never = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1000"}
     done = subprocess.run(
-        [sys.executable, "-c", LIMITED, *runs.launch_words(run, trained.data)],
+        [sys.executable, "-c", LIMITED.format(before), *runs.launch_words(run, trained.data)],
         env=runs.child_environment(compile_cache) | never, capture_output=True, text=True,
     )
-    refused(done.returncode, done.stderr, str(run / "checkpoints"), "step 4", "free space there")
+    refused(done.returncode, done.stderr, str(run / "checkpoints"), "free space there and resume")
     assert not (run / "summary.json").exists() and not (run / "report.html").exists()
-    assert not list((run / "checkpoints").iterdir())
+    assert not [path for path in (run / "checkpoints").iterdir() if path.name.isdigit()]

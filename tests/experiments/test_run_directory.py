@@ -85,6 +85,7 @@ def test_a_directory_is_one_process_s_at_a_time(tmp_path):
             other.held().__enter__()
     with other.held():
         pass
+    assert os.listdir(tmp_path / "run") == []
 
 
 def test_a_run_is_read_back(tmp_path):
