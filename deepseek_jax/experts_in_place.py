@@ -1,0 +1,60 @@
+"""The routed experts for few tokens: weights are read where they lie, no token is sent anywhere.
+
+Laying few tokens out by expert costs more than their products. Either each choice reads the
+weights of its expert, and no others are read; or, where the choices are as many as the experts,
+every expert reads every token and what nobody chose is weighted with 0.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from deepseek_jax.few_rows import row_by_row, weight_first
+from deepseek_jax.swiglu import swiglu
+from pallas_kernels.mosaic import target
+
+# Above, an expert's weights are read once for many rows, which is what dispatch is for.
+MOST_TOKENS = 32
+
+
+def suits(num_tokens: int, choices: int, num_experts: int) -> bool:
+    """Whether so many tokens with so many choices in all are better served in place."""
+    if choices < num_experts:
+        return num_tokens <= MOST_TOKENS
+    # An accelerator's grouped product reads each expert once, and only those chosen.
+    return target().platform == "cpu" and num_tokens <= MOST_TOKENS
+
+
+def ffn_in_place(
+    x_TD: Float[Array, "T D"],
+    expert_TK: Int[Array, "T K"],
+    weight_TK: Float[Array, "T K"],
+    weights: tuple[jax.Array, jax.Array, jax.Array],
+) -> Float[Array, "T D"]:
+    """sum_k weight_k FFN_k(x) of each token; weights are w_gate_EFD, w_up_EFD, w_down_EDF."""
+    choose = _every_expert if expert_TK.size >= weights[0].shape[0] else _chosen_experts
+    return choose(x_TD, expert_TK, weight_TK, weights).astype(x_TD.dtype)
+
+
+def _chosen_experts(x_TD, expert_TK, weight_TK, weights):
+    T, K = expert_TK.shape
+    w_gate, w_up, w_down = (
+        w.at[expert_TK.reshape(-1)].get(mode="promise_in_bounds").astype(x_TD.dtype)
+        for w in weights
+    )
+    x_JD = jnp.repeat(x_TD, K, axis=0)
+    gate_JF, up_JF = row_by_row(x_JD, w_gate), row_by_row(x_JD, w_up)
+    hidden_JF = swiglu(gate_JF, up_JF, weight_TK.reshape(-1, 1))
+    y_JD = row_by_row(hidden_JF, w_down)
+    return jnp.sum(y_JD.reshape(T, K, -1).astype(jnp.float32), axis=1)
+
+
+def _every_expert(x_TD, expert_TK, weight_TK, weights):
+    w_gate, w_up, w_down = (w.astype(x_TD.dtype) for w in weights)
+    gate_EFT, up_EFT = (weight_first("TD,EFD->EFT", x_TD, w) for w in (w_gate, w_up))
+    ids_E = jnp.arange(w_gate.shape[0], dtype=expert_TK.dtype)
+    chosen_ETK = expert_TK[None] == ids_E[:, None, None]
+    weight_ET = jnp.sum(jnp.where(chosen_ETK, weight_TK[None], 0.0), axis=-1)
+    hidden_EFT = swiglu(gate_EFT, up_EFT, weight_ET[:, None, :])
+    y_EDT = weight_first("EFT,EDF->EDT", hidden_EFT, w_down)
+    return jnp.sum(y_EDT.astype(jnp.float32), axis=0).T
