@@ -15,7 +15,7 @@ import tyro
 
 from deepseek_jax.config import Run
 from experiments.planning import targets
-from experiments.planning.choose import REACHED, Candidate, candidates, prediction
+from experiments.planning.choose import REACHED, Candidate, candidates, ordered, prediction
 from experiments.planning.compare import compared
 from experiments.planning.compile import compile_setup
 from experiments.planning.fit import fit, is_fitted
@@ -192,7 +192,7 @@ def recosted(found: list[Candidate], chosen, notes: "Notes", say) -> list[Candid
     for c in found:
         expected = prediction(c.setup, reached)
         again.append(c._replace(seconds=expected.seconds, exposed=expected.exposed))
-    return sorted(again, key=lambda c: (not c.fits, c.seconds))
+    return ordered(again)
 
 
 def table(found: Iterable[Candidate], notes: "Notes") -> list[Row]:

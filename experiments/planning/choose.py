@@ -1,5 +1,6 @@
 """The cost model over all legal setups of a run on a cluster: predictions, what fits, the best."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from deepseek_jax.config import Run
@@ -46,9 +47,12 @@ def candidate(setup: Setup) -> Candidate:
 
 
 def candidates(run: Run, cluster: Cluster) -> list[Candidate]:
-    """Every legal setup, costed: first those that fit, the fastest first."""
-    found = [candidate(setup) for setup in setups(run, cluster)]
-    return sorted(found, key=lambda c: (not c.fits, c.seconds))
+    """Every legal setup, costed; those that fit come first, fast before slow, small before big."""
+    return ordered(candidate(setup) for setup in setups(run, cluster))
+
+
+def ordered(found: Iterable[Candidate]) -> list[Candidate]:
+    return sorted(found, key=lambda c: (not c.fits, c.seconds, c.bytes))
 
 
 def best_setup(

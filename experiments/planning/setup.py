@@ -149,7 +149,7 @@ def setup(
     if sequences is None:
         sequences = max(run.micro_batch // ways, 1) if cluster.devices <= 8 else 1
     micro = ways * sequences
-    batch = math.ceil(wanted / micro) * micro
+    batch = rounded_up(wanted, micro)
     run = dataclasses.replace(
         run, micro_batch=micro, batch_size=Schedule.constant(batch), remat=remat or run.remat
     )
@@ -178,11 +178,15 @@ def setups(run: Run, cluster: Cluster) -> Iterator[Setup]:
             continue
         ways = math.prod(mesh[axis] for axis in BATCH_AXES)
         for sequences in (1, 2, 4, 8):
-            # More in a micro-batch than the batch holds would only make the step longer.
-            if sequences > 1 and ways * sequences > wanted:
+            # Only micro-batches whose step is no larger than with a sequence on every device.
+            if rounded_up(wanted, ways * sequences) > rounded_up(wanted, cluster.devices):
                 continue
             for remat in REMAT:
                 yield setup(run, cluster, mesh, sequences=sequences, remat=remat)
+
+
+def rounded_up(n: int, multiple: int) -> int:
+    return math.ceil(n / multiple) * multiple
 
 
 def divisors(n: int) -> list[int]:

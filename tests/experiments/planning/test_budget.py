@@ -179,3 +179,11 @@ def test_blocks_of_experts_are_those_of_the_layout_that_dispatch_makes():
     matrices = 3 * 128 * 64 * 4
     # A copy written and read, forward and backward; a gradient written, read and added.
     assert block_bytes(chosen) == blocks * matrices * 7
+
+
+def test_micro_batches_may_fill_the_step_that_single_sequences_make():
+    # 15,360 sequences become 16,384 on 2,048 devices: 8, or 4 times 2, ..., or one micro-batch.
+    mesh = mesh_of("fsdp=32,expert=64", 2048)
+    found = {(s.sequences, s.accumulation) for s in setups(V3, cluster("h200x2048"))
+             if s.mesh == mesh}  # fmt: skip
+    assert found == {(1, 8), (2, 4), (4, 2), (8, 1)}
