@@ -1,22 +1,27 @@
 """The devices that a command runs on: its mesh, and how the mesh is used."""
 
 import contextlib
+import json
 import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from deepseek_jax.config import Run
+from deepseek_jax.config import ModelConfig, Run
 from experiments.planning.setup import ROOM, mesh_name, mesh_of, meshes, named_sizes, refusal
+from sharding.expert_copies import check_placement
 from sharding.mesh import expert_nodes, make_mesh
 from sharding.placement import Scheme, scope
 from sharding.rules import ACTIVATIONS, BATCH_AXES, spec
 
+# The key of the table in a file that `place` writes.
+TABLE = "expert of each place"
 # An XLA flag that says how many devices the CPU stands for.
 FORCED = "xla_force_host_platform_device_count"
 
@@ -31,6 +36,8 @@ class MeshArgs:
     """3: weights are gathered layer by layer; 1: over fsdp and expert once a step."""
     devices_per_node: int | None = None
     """Devices that fast links join; by default those of a host."""
+    placement: Path | None = None
+    """What `place --json` wrote: experts and copies of the busy ones on the expert axis."""
 
 
 class Devices(NamedTuple):
@@ -83,6 +90,8 @@ def devices_of(args: MeshArgs, run: Run, *, batch: int | None = None) -> Devices
     count = jax.device_count()
     if args.mesh is None:
         if count == 1 or (jax.default_backend() == "cpu" and jax.process_count() == 1):
+            if args.placement is not None:
+                raise ValueError("--placement needs --mesh with an expert axis above 1")
             return ONE_DEVICE
         sizes = default_sizes(run, count, batch, args.devices_per_node or jax.local_device_count())
     else:
@@ -98,7 +107,29 @@ def devices_of(args: MeshArgs, run: Run, *, batch: int | None = None) -> Devices
         )
     nodes = expert_nodes(sizes, args.devices_per_node or jax.local_device_count())
     room = ROOM if batch is not None and sizes["expert"] > 1 else None
-    return Devices(make_mesh(**sizes), Scheme(zero=args.zero, expert_nodes=nodes, room=room))
+    placed = None
+    if args.placement is not None:
+        placed = read_placement(args.placement, run.config, devices=sizes["expert"])
+    scheme = Scheme(zero=args.zero, expert_nodes=nodes, room=room, placement=placed)
+    return Devices(make_mesh(**sizes), scheme)
+
+
+def read_placement(path: Path, config: ModelConfig, *, devices: int) -> tuple[tuple[int, ...], ...]:
+    """The table of a file that `place` wrote, if it is one of the model on so many devices."""
+    try:
+        table_LP = np.array(json.loads(path.read_text())[TABLE])
+        if table_LP.dtype.kind != "i":
+            raise ValueError(f"experts are whole numbers, not {table_LP.dtype}")
+    except (ValueError, TypeError, KeyError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} must be a placement: `place RUN --devices {devices} --json {path}` writes one"
+        ) from error
+    layers = config.num_moe_layers + config.num_mtp if config.num_moe_layers else 0
+    try:
+        check_placement(table_LP, layers=layers, experts=config.num_experts, devices=devices)
+    except ValueError as error:
+        raise ValueError(f"--placement {path}: {error}") from None
+    return tuple(tuple(row) for row in table_LP.tolist())
 
 
 def default_sizes(run: Run, count: int, batch: int | None, per_node: int) -> Mapping[str, int]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from experiments.devices import TABLE
 from experiments.records import read_records
 from experiments.report import layer_names
 from experiments.tables import print_table, write_json
@@ -43,7 +44,7 @@ class PlaceArgs:
     last: int = 100
     """Steps of a run to look at, its last ones."""
     json: Path | None = None
-    """Also write the tables of places to this file."""
+    """Also write the tables of places to this file, for --placement of launch, eval and sample."""
 
 
 def place(args: PlaceArgs) -> None:
@@ -129,7 +130,7 @@ def read_loads(path: Path, last: int) -> tuple[np.ndarray, list[str]]:
 def tables_of(placed: Placement) -> dict[str, Any]:
     """The placement as JSON holds it."""
     return {
-        "expert of each place": placed.expert_LP.tolist(),
+        TABLE: placed.expert_LP.tolist(),
         "places of each expert": [
             [[p for p in places if p >= 0] for places in layer]
             for layer in placed.place_LEJ.tolist()

@@ -1,6 +1,7 @@
 """Meshes from the command line, what they refuse, and who reads which sequences."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -34,6 +35,26 @@ def test_one_cpu_device_is_used_unless_a_mesh_is_asked_for():
     assert str(found) == "8 x cpu (cpu), expert=4,tensor=2, zero 1, expert over 2 nodes"
     # Forward passes lose no token, whatever the load.
     assert devices_of(MeshArgs(mesh="expert=8"), RUN).scheme.room is None
+
+
+def test_a_placement_is_read_and_must_fit(tmp_path):
+    file = tmp_path / "placement.json"
+    table = [[0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 0, 2]] * 4
+    file.write_text(json.dumps({devices.TABLE: table}))
+    found = asked("data=2,expert=4", placement=file)
+    assert found.scheme.placement == tuple(map(tuple, table))
+    for mesh, text, parts in (
+        (None, json.dumps({devices.TABLE: table}), ["--placement needs --mesh"]),
+        ("expert=8", json.dumps({devices.TABLE: table}), ["8 experts in 12 places", "not 8"]),
+        ("data=2,expert=4", json.dumps({devices.TABLE: table[:2]}), ["(2, 12)", "4 layers"]),
+        ("data=2,expert=4", json.dumps({devices.TABLE: [[0.5]]}), ["place RUN --devices 4"]),
+        ("data=2,expert=4", json.dumps(table), ["must be a placement"]),
+        ("data=2,expert=4", "[", ["must be a placement"]),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError) as error:
+            asked(mesh, placement=file)
+        assert all(part in str(error.value) for part in parts), error.value
 
 
 def test_a_cpu_stands_for_as_many_devices_as_a_mesh_names():
