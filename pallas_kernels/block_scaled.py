@@ -37,12 +37,17 @@ class Tiles:
     memory_registers: int = 24
     # Row tiles of a dense product; 0: as few as cover the rows.
     row_tiles: int = 0
+    # Products of a warpgroup in flight before the first is added: where few warpgroups take turns
+    # it is the way from a barrier through a product to its sum that takes the time.
+    in_flight: int = 1
 
     def __post_init__(self):
         if self.warpgroups not in (1, 2, 3):
             raise ValueError(f"{self.warpgroups=} must be 1, 2 or 3")
         if self.columns not in (16, 32, 64, 128):
             raise ValueError(f"{self.columns=} must divide a block of 128: 16, 32, 64 or 128")
+        if not 1 <= self.in_flight <= self.stages:
+            raise ValueError(f"{self.in_flight=} must be from 1 to {self.stages=}")
         pipeline.check_store(self)
 
     @property
@@ -131,22 +136,35 @@ def _body(
         plgpu.barrier_wait(scales.at[scale])
 
         def multiply(slot):
-            def step(i, carry):
-                slot, total = carry
-                plgpu.barrier_wait(full.at[slot])
-                a_scale = mosaic.load(a_scale_smem.at[slot, own], plgpu.Layout.WGMMA.reduce(1))
-                factor = lax.broadcast_in_dim(a_scale * b_scale_smem[scale, i], shape, (0,))
+            def several(first, slot, total, count):
+                """Adds so many products, all of them issued before the first is added."""
 
-                def chunk(acc):
-                    plgpu.wgmma(acc, a_smem.at[slot, own], mosaic.transpose(b_smem.at[slot]))
-                    part = plgpu.wgmma_accumulator_load(acc, wait_n=0)
-                    plgpu.barrier_arrive(free.at[slot])
-                    return total + part * factor
+                def chunks(*accs):
+                    at, factors = slot, []
+                    for i, acc in enumerate(accs):
+                        plgpu.barrier_wait(full.at[at])
+                        by_row = plgpu.Layout.WGMMA.reduce(1)
+                        a_scale = mosaic.load(a_scale_smem.at[at, own], by_row)
+                        factor = a_scale * b_scale_smem[scale, first + i]
+                        factors.append((at, lax.broadcast_in_dim(factor, shape, (0,))))
+                        plgpu.wgmma(acc, a_smem.at[at, own], mosaic.transpose(b_smem.at[at]))
+                        at = next_slot(at)
+                    sums = total
+                    for i, (acc, (used, factor)) in enumerate(zip(accs, factors, strict=True)):
+                        part = plgpu.wgmma_accumulator_load(acc, wait_n=count - 1 - i)
+                        plgpu.barrier_arrive(free.at[used])
+                        sums = sums + part * factor
+                    return at, sums
 
-                return next_slot(slot), pl.run_scoped(chunk, plgpu.ACC(shape, jnp.float32))
+                return pl.run_scoped(chunks, *[plgpu.ACC(shape, jnp.float32)] * count)
 
             zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
-            slot, total = lax.fori_loop(0, steps, step, (slot, zeros))
+            together = tiles.in_flight
+            rounds, rest = divmod(steps, together)
+            step = lambda i, carry: several(i * together, *carry, together)
+            slot, total = lax.fori_loop(0, rounds, step, (slot, zeros))
+            if rest:
+                slot, total = several(rounds * together, slot, total, rest)
             out = lambda start, width: out_gmem.at[pl.ds(row, 64), pl.ds(column + start, width)]
             pipeline.store(pipeline.pieces_of(total, tiles), out, out_smem, tiles)
             return slot

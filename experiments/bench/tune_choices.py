@@ -55,6 +55,7 @@ def dense() -> Iterator[Choice]:
         make = block_scaled.Tiles
         plain = {f"band{b}": make(band=b) for b in (4, 8, 16)}
         plain["wide"] = make(store_columns=64, store_buffers=2)
+        plain["two"] = make(2, 128, 6, memory_registers=40, in_flight=2)
         # Row tiles are for a rule to choose, not for the table.
         present = dataclasses.replace(dense_fp8.tiles_of(m, n, up(k, 128), cores()), row_tiles=0)
         yield dense_choice("TILES", (n, up(k, 128)), m, n, k, variants(present, **plain))
@@ -64,12 +65,14 @@ def few_rows() -> Iterator[Choice]:
     for m in (64, 128):
         for n, k in gemm.V3:
             make = functools.partial(block_scaled.Tiles, 1 if m == 64 else 2, memory_registers=40)
+            stages = {32: 12, 64: 10, 128: 7} if m == 64 else {32: 9, 64: 8, 128: 6}
             few = {
-                "c32": make(32, 12 if m == 64 else 9, 32, 1, pair=False),
-                "c64": make(64, 10 if m == 64 else 8, pair=False),
-                "c64.pair": make(64, 10 if m == 64 else 8),
-                "c128": make(128, 7 if m == 64 else 6, pair=False),
+                f"c{c}.f{f}": make(c, stages[c], 32, c // 32, pair=False, in_flight=f)
+                for c in (32, 64)
+                for f in (1, 2, 3)
             }
+            few["c128.f2"] = make(128, stages[128], pair=False, in_flight=2)
+            few["c64.f2.pair"] = make(64, stages[64], in_flight=2)
             present = dense_fp8.tiles_of(m, n, k, cores())
             yield dense_choice("FEW", (m, n, k), m, n, k, variants(present, **few))
 

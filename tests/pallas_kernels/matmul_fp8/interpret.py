@@ -32,10 +32,17 @@ def main(case: str):
     options = dict(cores=4, interpret=plgpu.InterpretGPUParams())
     sizes = (group_starts(SIZES, 128), padded_sizes(SIZES, 128))
     group_m = group_of_block(SIZES, num_blocks=5, alignment=128)
-    if case == "dense":
+    if case in ("dense", "in_flight"):
         # Six slices of 64 rows, the last one short, in four tiles of 2, 2, 1, 1.
         shape = block_scaled.Tiles(2, 128, 2, row_tiles=4, band=1, memory_registers=40)
-        a, (b_codes, b_scale) = tiles(normal(328, 256), False), blocks(normal(1, 272, 256), False)
+        rows, k = 328, 256
+        if case == "in_flight":
+            # Five products of 128: twice two and one more.
+            shape = block_scaled.Tiles(
+                1, 32, 3, 32, 1, pair=False, memory_registers=40, in_flight=2
+            )
+            rows, k = 40, 640
+        a, (b_codes, b_scale) = tiles(normal(rows, k), False), blocks(normal(1, 272, k), False)
         operands, options["out_dtype"] = (*a, b_codes[0], b_scale[0]), jnp.bfloat16
         found = hopper.matmul(*operands, tiles=shape, **options)
         right = reference.matmul(*operands, jnp.bfloat16)

@@ -133,6 +133,7 @@ TILES = [
     block_scaled.Tiles(1, 16, 14, 16, 1, pair=False, memory_registers=40),
     block_scaled.Tiles(1, 32, 14, 32, 1, memory_registers=40),
     block_scaled.Tiles(2, 64, 8, pair=False, memory_registers=40),
+    block_scaled.Tiles(2, 64, 8, pair=False, memory_registers=40, in_flight=3),
 ]
 
 
@@ -197,6 +198,8 @@ def test_odd_tiles_are_refused():
         block_scaled.Tiles(columns=48)
     with pytest.raises(ValueError, match="warpgroups=4"):
         block_scaled.Tiles(warpgroups=4)
+    with pytest.raises(ValueError, match="in_flight=5"):
+        block_scaled.Tiles(in_flight=5)
     with pytest.raises(ValueError, match="columns=264"):
         tile_scaled.Tiles(columns=264)
     with pytest.raises(ValueError, match="whole tile in store buffers"):
@@ -241,7 +244,9 @@ def test_bad_input_is_refused(bad, message):
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter needs jax >= 0.11")
-@pytest.mark.parametrize("case", ["dense", "by_rows", "by_contraction", "by_contraction_added"])
+@pytest.mark.parametrize(
+    "case", ["dense", "in_flight", "by_rows", "by_contraction", "by_contraction_added"]
+)
 def test_interpreted(case):
     # After an error the interpreter's process is of no use, so each case has its own.
     run = subprocess.run(
