@@ -88,6 +88,14 @@ def load(ref, layout, *, optimized=True):
     return plgpu.load(ref, layout=layout, optimized=optimized)
 
 
+def store(ref, value) -> None:
+    """The value into shared memory, with bank conflicts where the layout has them."""
+    if jax.__version_info__ < (0, 12):
+        ref[...] = value
+    else:
+        plgpu.store(ref, value, optimized=False)
+
+
 def concatenate_columns(pieces):
     """Arrays in registers side by side, each in the layout of WGMMA results."""
     if jax.__version_info__ >= (0, 11):

@@ -179,7 +179,7 @@ def _encode_body(x_gmem, words_gmem, low_gmem, high_gmem, *smem, n, tiles, shape
         piece = lambda i: lax.slice(x, (0, COLUMNS * i), (HEIGHT, COLUMNS * (i + 1))).astype(F32)
         words = _words(lambda i: _encode(piece(i), low, step, n, x.dtype == F32), n)
         for i, word in enumerate(words):
-            words_smem[:, COLUMNS * i : COLUMNS * (i + 1)] = word
+            mosaic.store(words_smem.at[:, pl.ds(COLUMNS * i, COLUMNS)], word)
         plgpu.commit_smem()
         rows = pl.ds(row * HEIGHT, HEIGHT)
         width = COLUMNS * n

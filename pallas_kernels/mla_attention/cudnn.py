@@ -2,7 +2,8 @@
 
 `jax.nn.dot_product_attention` refuses d_v != d_qk, and the private entry point asks the GPU of this
 process for its capability, which a program made for an absent GPU cannot. So the two primitives are
-bound here directly (jax 0.10 and 0.11 agree on them). cuDNN >= 9.10 takes 192 / 128 on Hopper.
+bound here directly (jax 0.10 to 0.12 differ in one argument). cuDNN >= 9.10 takes 192 / 128 on
+Hopper.
 """
 
 import functools
@@ -14,7 +15,8 @@ from jaxtyping import Array, Float
 
 
 def _statics(scale):
-    return dict(
+    later = {"score_mod": None} if jax.__version_info__ >= (0, 12) else {}
+    return later | dict(
         scale=scale,
         seed=42,
         dropout_rate=0.0,

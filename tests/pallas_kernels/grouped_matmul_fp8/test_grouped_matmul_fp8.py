@@ -133,5 +133,7 @@ def test_bad_input_is_refused(changes, message):
 def test_tpus_are_refused_by_name():
     w_GNK = jnp.zeros((1, 16, 16))
     weight, sizes_G = quantize_blocks(w_GNK), np.array([8], np.int32)
+    x_MK = jnp.zeros((128, 16))
+    multiply = lambda x_MK: grouped_linear(x_MK, weight, w_GNK, sizes_G)
     with on(TPU), pytest.raises(NotImplementedError, match="TPU v5p"):
-        grouped_linear(jnp.zeros((128, 16)), weight, w_GNK, sizes_G)
+        jax.eval_shape(multiply, x_MK)
