@@ -6,6 +6,7 @@ R1, and the service figures that DeepSeek published, are named where they are me
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 AGREES = "agrees"
@@ -13,13 +14,16 @@ BY_RULE = "agrees with a stated rule"
 WRONG = "printed value is wrong"
 MODELLED = "modelled"
 NOT_HERE = "not reproducible here"
+# Of what a machine with a GPU has yet to record.
+NOT_YET = "not measured yet"
 # What no claim should get: a value that is not what it should be.
 DISAGREES = "disagrees"
 
 Verdict = Literal[
     "agrees", "agrees with a stated rule", "printed value is wrong", "modelled",
-    "not reproducible here", "disagrees",
+    "not reproducible here", "not measured yet", "disagrees",
 ]  # fmt: skip
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 Value = Any  # a number, a text, a list, or a mapping from names to such values
 
 
@@ -45,6 +49,8 @@ class Claim:
     how: str  # formula, sources, what was measured and what modelled; also the stated rule
     # Of a misprint: what should be printed, by another way than ours.
     correct: Value = None
+    # The file of RESULTS that the value comes from, where it takes a GPU or long training.
+    recorded: str = ""
     # Inputs with which the verdict must be another, which shows what it hangs on.
     otherwise: Mapping[str, Any] = field(default_factory=dict)
 
@@ -60,6 +66,8 @@ class Result:
 
 def evaluate(claim: Claim, **changes: Any) -> Result:
     """Computes a claim, with other inputs if wanted, and judges it."""
+    if claim.recorded and not (RESULTS / claim.recorded).is_file():
+        return Result(claim, None, NOT_YET)
     ours = claim.compute(**{**claim.inputs, **changes})
     return Result(claim, ours, judge(claim, ours))
 

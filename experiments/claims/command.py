@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import json
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiments.claims.claim import DISAGREES, NOT_HERE, WRONG, Claim, Result, evaluate, judge
+from experiments.claims.claim import (
+    DISAGREES,
+    NOT_HERE,
+    NOT_YET,
+    RESULTS,
+    WRONG,
+    Claim,
+    Result,
+    evaluate,
+    judge,
+)
+from experiments.claims.measured import measure
 from experiments.claims.page import write_page
 from experiments.claims.table import CLAIMS, SUBJECTS
 from experiments.tables import print_table, show, write_json
@@ -36,11 +48,17 @@ class ClaimsArgs:
     """Also write the rows to this file."""
     html: Path | None = None
     """Where the page goes: runs/claims.html when all claims are computed, else nowhere."""
+    measure: Path | None = None
+    """First measure on this GPU what claims need of one, into this folder: experiments/results."""
+    data: tuple[str, ...] = ()
+    """With --measure, text or token shards to train on; Python's library by default."""
 
 
 def claims(args: ClaimsArgs) -> None:
     """The command `claims`."""
     chosen = choose(args.names)
+    if args.measure is not None:
+        measure(args.measure, args.data)
     results = compute_all(chosen)
     if len(args.names) == 1 and args.names[0] in CLAIMS:
         print(explained(results[0]))
@@ -137,7 +155,18 @@ def record(result: Result) -> dict[str, Any]:
         "verdict": result.verdict,
         "how": claim.how,
         "inputs": claim.inputs,
+        "recorded": origin(claim),
     }
+
+
+def origin(claim: Claim) -> dict[str, Any] | None:
+    """Card, date and code of a recorded value, as far as its file says them."""
+    if not claim.recorded or not (RESULTS / claim.recorded).is_file():
+        return None
+    found = json.loads((RESULTS / claim.recorded).read_text())
+    said = found if isinstance(found, Mapping) else {}
+    keys = ("card", "date", "commit", "machine", "time")
+    return {"file": claim.recorded, **{key: said[key] for key in keys if key in said}}
 
 
 def text(value: Any) -> str:
@@ -174,7 +203,10 @@ def explained(result: Result) -> str:
     if claim.inputs:
         lines += ["", "inputs     " + ", ".join(f"{k}={show(v)}" for k, v in claim.inputs.items())]
     lines.append(f"computed by {where(claim)}")
-    if claim.otherwise and result.verdict != NOT_HERE:
+    if claim.recorded:
+        said = origin(claim) or {"file": f"{claim.recorded}, which `claims --measure` makes"}
+        lines.append("recorded   " + ", ".join(str(value) for value in said.values() if value))
+    if claim.otherwise and result.verdict not in (NOT_HERE, NOT_YET):
         ours = claim.compute(**{**claim.inputs, **claim.otherwise})
         changed = ", ".join(f"{name}={show(value)}" for name, value in claim.otherwise.items())
         lines += ["", f"With {changed}: {text(ours)}; {judge(claim, ours)}."]

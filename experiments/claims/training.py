@@ -1,7 +1,6 @@
 """Claims on training: table 4 from its own times, the cost of V3, and utilisation."""
 
 import json
-from pathlib import Path
 
 from deepseek_jax import configs
 from deepseek_jax.counts import train_flops_per_token
@@ -10,6 +9,7 @@ from experiments.claims.claim import (
     CUT,
     NONE,
     NOT_HERE,
+    RESULTS,
     ROUNDED,
     Claim,
     Tolerance,
@@ -19,7 +19,6 @@ from experiments.claims.claim import (
 from experiments.recipes import peer
 from sharding.hardware import peak_flops
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 # Table 4: seconds of a step of 15360 sequences on 2,048 GPUs, and of its parts.
 STEP = {"MPFT": 19.926, "MRFT": 19.946}
 PARTS = {

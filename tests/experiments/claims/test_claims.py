@@ -14,6 +14,7 @@ from experiments.claims.claim import (
     EXACT,
     MODELLED,
     NOT_HERE,
+    NOT_YET,
     ROUNDED,
     WRONG,
     Claim,
@@ -46,8 +47,10 @@ def results():
 @pytest.mark.parametrize("name", CLAIMS)
 def test_a_claim_gets_its_verdict_and_loses_it_when_an_input_changes(name, results):
     claim = CLAIMS[name]
-    assert results(name).verdict == claim.verdict != DISAGREES
     assert len(claim.how) > 10 and claim.section and claim.says
+    if claim.recorded and results(name).verdict == NOT_YET:
+        return
+    assert results(name).verdict == claim.verdict != DISAGREES
     if claim.verdict == NOT_HERE:
         assert name in NOT_POSSIBLE
         return
