@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections import Counter
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from experiments import recipes
 from experiments.explain import on_device
 from sharding import AXES
 from tests.configs import WIDE, make_batch, make_run
+from tests.deepseek_jax.program_calls import calls
 
 CONFIG = dataclasses.replace(WIDE, num_layers=3, num_mtp=0)
 RUN = make_run(CONFIG, batch=2, precision=ds.Precision.of("fp8"), remat="paper",
@@ -22,36 +22,6 @@ RUN = make_run(CONFIG, batch=2, precision=ds.Precision.of("fp8"), remat="paper",
 B, T, D, V, E = 2, RUN.seq_len, CONFIG.model_dim, CONFIG.vocab_size, CONFIG.num_experts
 STATE = training.abstract_state(RUN)
 BF16, F32, F8, BYTE = map(jnp.dtype, ("bfloat16", "float32", "float8_e4m3fn", "uint8"))
-
-
-class Call(NamedTuple):
-    """An equation, and the loops around it from the outside in: "micro", "layers", "reverse"."""
-
-    loops: tuple[str, ...]
-    name: str
-    operands: tuple
-    results: tuple
-    equation: object
-
-
-def calls(jaxpr, loops=()):
-    """All equations but those inside kernels; a kernel has its name."""
-    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        name, inside = eqn.primitive.name, loops
-        kernel = name == "mpmd_map"
-        avals = lambda atoms: tuple(atom.aval for atom in atoms)
-        yield Call(loops, eqn.params["name"] if kernel else name, avals(eqn.invars),
-                   avals(eqn.outvars), eqn)
-        if kernel:
-            continue
-        if name == "scan":
-            inner = "reverse" if eqn.params["reverse"] else "layers"
-            inside = (*loops, "micro" if not loops and eqn.params["length"] == 2 else inner)
-        for value in jax.tree.leaves(
-            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
-        ):
-            if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
-                yield from calls(value, inside)
 
 
 @pytest.fixture(scope="module")
