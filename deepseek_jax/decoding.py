@@ -7,15 +7,18 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from deepseek_jax.block import run_cached
+from deepseek_jax.config import Precision
 from deepseek_jax.drafting import Ahead, draft_tokens, next_ahead, read_ahead
 from deepseek_jax.latent_cache import LatentCache
 from deepseek_jax.layers import embed, rms_norm
 from deepseek_jax.model import Model, ready
 from deepseek_jax.rope import rotations
 from deepseek_jax.sampling import Sampling, draw, verify
+from pallas_kernels.mosaic import target
 
 
 @jax.tree_util.register_dataclass
@@ -34,6 +37,32 @@ class Decoding:
     row_steps: Int[Array, ""]  # the same, counted for each text that was not done
     accepted: Int[Array, ""]  # drafted tokens that were kept
     lost: Int[Array, ""]  # choices of experts for which dispatch had no room
+
+
+def is_as_read(precision: Precision) -> bool:
+    """Whether weights are stored as the products of decoding read them, on any device."""
+    return precision.weights == "fp8" or precision.matmul == "fp32"
+
+
+def as_read(model: Model) -> Model:
+    """The model with weights as products read them, made once for all steps.
+
+    FP8 operands are quantised; masters become BF16. A CPU has no use for BF16: there the same
+    numbers are widened, and everything else is FP32 too.
+    """
+    if model.precision.matmul != "bf16":
+        return ready(model)
+    model = nnx.merge(*nnx.split(model))
+    on_cpu = target().platform == "cpu"
+    for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        name, value = path[-1], param[...]
+        is_matrix = len(name.rsplit("_", 1)[-1]) > 1 and name != "router_ED"
+        if is_matrix:
+            value = value.astype(jnp.bfloat16)
+        param.set_value(value.astype(jnp.float32) if on_cpu else value)
+    changes = dict.fromkeys(("weights", "activations", "matmul"), "fp32") if on_cpu else {}
+    model.precision = replace(model.precision, **(changes or {"weights": "bf16"}))
+    return model
 
 
 def decode(

@@ -15,7 +15,14 @@ from jax.sharding import NamedSharding
 from jaxtyping import Int
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.decoding import Decoding, advance, chunk_width, prefill
+from deepseek_jax.decoding import (
+    Decoding,
+    advance,
+    as_read,
+    chunk_width,
+    is_as_read,
+    prefill,
+)
 from deepseek_jax.drafting import first_ahead
 from deepseek_jax.latent_cache import empty_cache
 from deepseek_jax.model import Model
@@ -95,6 +102,11 @@ def _advance(model, state, sampling, stop_N, steps, *, mesh):
     state = under_mesh(advance, mesh)(model, state, sampling, stop_N, steps)
     # Copies, so that the state can be donated before they are fetched.
     return state, tuple(map(jnp.copy, (state.tokens_BS, state.length_B, state.done_B)))
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _as_read(model, *, mesh):
+    return under_mesh(as_read, mesh)(model)
 
 
 def capacity_of(num_tokens: int) -> int:
@@ -192,10 +204,12 @@ class Text:
         if draft and not config.num_mtp:
             raise ValueError("draft=True needs a model with MTP modules: this one has num_mtp=0")
         self._sampling = Sampling.of(temperature, top_k, top_p, min_p)
-        self._model = model
         mesh = mesh_of(model)
         # Inside a scope the mesh and its use are given.
         self._mesh = None if current_mesh() is not None else mesh
+        if not is_as_read(model.precision):
+            model = _as_read(model, mesh=self._mesh)
+        self._model = model
         # No token is -1: so few programs serve any number of stop tokens.
         self.stop_N = np.full((-(-max(len(stop), 1) // 8) * 8,), -1, np.int32)
         self.stop_N[: len(stop)] = stop

@@ -12,7 +12,7 @@ from flax import nnx
 import deepseek_jax as ds
 from deepseek_jax import latent_cache, training
 from deepseek_jax.config import Yarn
-from deepseek_jax.decoding import decode
+from deepseek_jax.decoding import as_read, decode
 from deepseek_jax.generate import (
     Stream,
     _advance,
@@ -322,3 +322,14 @@ def test_drafting_needs_mtp_modules():
     plain = make_model(config, weights.make_weights(config, seed=0))
     with pytest.raises(ValueError, match="draft=True needs a model with MTP modules"):
         ds.generate(plain, np.ones((1, 2), np.int32), max_new_tokens=2, draft=True)
+
+
+def test_on_a_cpu_bf16_weights_are_read_as_fp32_numbers():
+    model = ds.Model(SMALL, precision="bf16", rngs=nnx.Rngs(0))
+    read = as_read(model)
+    assert (read.precision.weights, read.precision.matmul, read.dtype) == ("fp32", "fp32", jnp.float32)
+    head_VD, wide_VD = model.head_VD[...], read.head_VD[...]
+    assert wide_VD.dtype == jnp.float32 and not (head_VD == wide_VD).all()
+    assert (head_VD.astype(jnp.bfloat16).astype(jnp.float32) == wide_VD).all()
+    kept, router = model.moe.ffn.router_ED[...], read.moe.ffn.router_ED[...]
+    assert (kept == router).all() and model.precision.matmul == "bf16"

@@ -1,0 +1,56 @@
+"""Experts on few tokens, read where they lie, against a loop over tokens and their experts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax import few_rows
+from deepseek_jax.experts_in_place import ffn_in_place, suits
+from deepseek_jax.linear import linear
+
+E, F, D, K = 6, 5, 7, 2
+
+
+def operands(tokens: int):
+    draw = np.random.default_rng(0).standard_normal
+    weights = [draw(shape, np.float32) for shape in ((E, F, D), (E, F, D), (E, D, F))]
+    ids = np.random.default_rng(1).permuted(np.tile(np.arange(E), (tokens, 1)), axis=1)[:, :K]
+    return draw((tokens, D), np.float32), ids, draw((tokens, K), np.float32), weights
+
+
+def one_by_one(x_TD, expert_TK, weight_TK, weights):
+    y_TD = np.zeros_like(x_TD, np.float64)
+    for t, x_D in enumerate(x_TD.astype(np.float64)):
+        for expert, weight in zip(expert_TK[t], weight_TK[t], strict=True):
+            gate, up, down = (w[expert].astype(np.float64) for w in weights)
+            g_F = gate @ x_D
+            y_TD[t] += weight * (down @ (g_F / (1 + np.exp(-g_F)) * (up @ x_D)))
+    return y_TD
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4], ids="T{}".format)  # 2, 4 and 8 choices of 6 experts
+def test_few_tokens_get_what_their_experts_compute(tokens, relative_error):
+    x_TD, expert_TK, weight_TK, weights = operands(tokens)
+    y_TD = jax.jit(ffn_in_place)(x_TD, jnp.asarray(expert_TK), weight_TK, tuple(weights))
+    assert relative_error(y_TD, one_by_one(x_TD, expert_TK, weight_TK, weights)) < 1e-6
+
+
+def test_many_tokens_are_dispatched():
+    assert suits(1, 8, 256) and suits(16, 128, 256) and suits(16, 64, 32)
+    assert not suits(33, 33 * 8, 256) and not suits(512, 4096, 64)
+
+
+@pytest.mark.parametrize("signature", ["BTD,FD->BTF", "BTNU,DNU->BTD", "BTQ,NAQ->BTNA"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_products_of_few_rows_are_products(signature, rows, relative_error, monkeypatch):
+    sizes = dict(B=rows, T=1, D=7, F=5, N=2, U=3, Q=4, A=6)
+    left, right, _ = signature.replace("->", ",").split(",")
+    draw = np.random.default_rng(2).standard_normal
+    x, w = (draw([sizes[letter] for letter in side], np.float32) for side in (left, right))
+    expected = np.einsum(signature, x.astype(np.float64), w.astype(np.float64))
+    monkeypatch.setattr(few_rows, "MOST_ROWS", 4)  # a weight of few elements counts as one
+    assert few_rows.packs_weights(left, signature.partition("->")[2], x, w) == (rows > 1)
+    assert relative_error(linear(signature, x, w), expected) < 1e-6
+    if rows == 1:
+        assert relative_error(few_rows.one_row(signature, x, w), expected) < 1e-6
