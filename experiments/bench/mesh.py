@@ -16,6 +16,7 @@ import tyro
 
 from experiments.bench import mesh_report
 from experiments.bench.children import Row, devices_of_host
+from experiments.bench.kernel_run import brief
 from experiments.bench.mesh_cases import Case, benchmark_run, cases, cluster_of, legal_meshes
 from experiments.bench.mesh_run import compile_all, environment, measure_all
 from experiments.planning import targets
@@ -81,16 +82,18 @@ def bench_mesh(args: BenchMeshArgs) -> None:
             f"{chosen_cases(args, where)[0].refusal}"
         )
     print(f"{len(chosen)} steps on {host['count']} x {host['kind']}", file=sys.stderr, flush=True)
+    cards = cards_of(host) if host["platform"] == "gpu" else ("",)
     with tempfile.TemporaryDirectory() as cache:
         env = environment(Path(cache))
-        planned, sizes = prepare(args, chosen, env, until)
+        # Half of the time stays for measuring.
+        planned, sizes = prepare(args, chosen, env, (time.monotonic() + until) / 2, cards)
         found = measure_all(
             [case for case in chosen if not exceeds(case, planned.get(case.key))],
             env,
             sizes,
             limit=args.case_limit,
             until=until,
-            cards=cards_of(host) if host["platform"] == "gpu" else ("",),
+            cards=cards,
             say=say,
         )
     rows = mesh_report.rows(chosen, found, planned)
@@ -163,7 +166,11 @@ def runnable(case: Case) -> bool:
 
 
 def prepare(
-    args: BenchMeshArgs, chosen: Sequence[Case], env: dict[str, str], until: float
+    args: BenchMeshArgs,
+    chosen: Sequence[Case],
+    env: dict[str, str],
+    until: float,
+    cards: Sequence[str],
 ) -> tuple[dict[str, Row], dict[str, int]]:
     """Fills the cache of programs, and meanwhile plans each step.
 
@@ -174,19 +181,24 @@ def prepare(
     planned: dict[str, Row] = {}
 
     def plan(case: Case) -> None:
+        limit = min(COMPILE_SECONDS, until - time.monotonic())
+        if limit <= 0:
+            planned[case.key] = {"error": "not planned: out of time"}
+            return
         try:
-            limit = min(COMPILE_SECONDS, until - time.monotonic())
             compiled = compile_setup(case.setup, target, limit=limit)
             planned[case.key] = {"bytes": compiled.peak, "refused": compiled.refused}
         except Exception as error:
-            planned[case.key] = {"error": f"not planned: {error}"}
+            planned[case.key] = {"error": f"not planned: {brief(error)}"}
 
     with ThreadPoolExecutor(max_workers=args.jobs) as pool:
         todo = [case for case in chosen if missing is None and case.recipe != SMALL
                 and case.processes == 1]  # fmt: skip
         futures = [pool.submit(plan, case) for case in todo]
         alone = [case for case in chosen if case.processes == 1]
-        found = compile_all(alone, env, jobs=args.jobs, limit=COMPILE_SECONDS, until=until)
+        found = compile_all(
+            alone, env, jobs=args.jobs, limit=COMPILE_SECONDS, until=until, cards=cards
+        )
         for future in futures:
             future.result()
     return planned, {key: row.get("compiled", 0) for key, row in found.items()}

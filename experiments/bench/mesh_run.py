@@ -38,7 +38,13 @@ def in_groups(cases: Sequence[Case], sizes: Mapping[str, int]) -> list[list[Case
 
 
 def compile_all(
-    cases: Sequence[Case], env: dict[str, str], *, jobs: int, limit: float, until: float
+    cases: Sequence[Case],
+    env: dict[str, str],
+    *,
+    jobs: int,
+    limit: float,
+    until: float,
+    cards: Sequence[str],
 ) -> dict[str, Row]:
     """Compiles side by side for the processes that measure: takes minutes one after the other.
 
@@ -50,7 +56,10 @@ def compile_all(
     found: dict[str, Row] = {}
 
     def one(case: Case) -> None:
-        for _, row in run_cases(COMPILE, [case], env, limit=limit, until=until):
+        # A program is found again only where as many devices are seen.
+        seen = {"CUDA_VISIBLE_DEVICES": cards[len(case.key) % len(cards)]}
+        own = {**env, **(seen if case.devices == 1 else {})}
+        for _, row in run_cases(COMPILE, [case], own, limit=limit, until=until):
             found[case.key] = row
 
     with ThreadPoolExecutor(max_workers=jobs) as pool:
