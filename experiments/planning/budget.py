@@ -66,9 +66,8 @@ def memory(setup: Setup) -> Memory:
     stored = parameter_bytes(run, mesh)
     # While micro-batches are added up there is a sum beside the gradient of the next.
     gradients = stored * (2 if setup.accumulation > 1 else 1)
-    tokens = setup.tokens / mesh["tensor"]
     layers = run.config.num_layers + run.config.num_mtp
-    kept = tokens * layers * kept_bytes(setup, run.remat)
+    kept = setup.tokens * layers * kept_bytes(setup, run.remat)
     held = weights(run.config, mesh)
     # Weights of two layers, one of them on its way, and the FP32 gradients of the largest two.
     layer = [w for w in held if w.name.startswith("moe.")]
@@ -79,7 +78,7 @@ def memory(setup: Setup) -> Memory:
     if is_fp8(setup):
         # Codes of all quantised matrices, as they are and transposed.
         at_work += 2 * stored / 4
-    largest = kept_bytes(setup, "none") * 2.5 * tokens
+    largest = kept_bytes(setup, "none") * 2.5 * setup.tokens
     working = max(at_work + largest, table)
     return Memory(stored, optimizer_bytes(run, mesh), gradients, kept, working)
 
@@ -101,8 +100,8 @@ def is_fp8(setup: Setup) -> bool:
 def kept_bytes(setup: Setup, remat: str) -> float:
     """Bytes that a MoE layer keeps of each token for the backward pass: block.REMAT.
 
-    Over the tensor axis lie parts of them, or of the sequence. In FP8 what experts read is kept as
-    codes, and what follows attention in 12 bits.
+    Devices of the tensor axis share the sequence, heads and hidden channels, but experts read whole
+    rows on each. In FP8 what experts read is kept as codes, and what follows attention in 12 bits.
     """
     config, size = setup.run.config, itemsize(setup)
     codes, twelve = (1 + 4 / 128, 1.5 + 4 / 128) if is_fp8(setup) else (size, size)
@@ -111,14 +110,16 @@ def kept_bytes(setup: Setup, remat: str) -> float:
     rows = config.experts_per_token * (setup.scheme.room or 1.0)
     latent, attention = size * (Q + Y), N * U
     hidden = codes * 2 * config.expert_ffn_dim * (rows + config.num_shared_experts)
-    both = latent + codes * rows * D + hidden
+    # Of each policy: what is shared, what is whole.
     kept = {
-        "full": 0.0,
-        "attention": twelve * attention,
-        "paper": twelve * attention + both,
-        "none": size * (2 * D + N * (2 * A + U) + 2 * attention + rows * D) + both + hidden,
-    }
-    return size * D + kept[remat]
+        "full": (0.0, 0.0),
+        "attention": (twelve * attention, 0.0),
+        "paper": (twelve * attention + latent + hidden, codes * rows * D),
+        "none": (size * (2 * D + N * (2 * A + U) + 2 * attention) + latent + 2 * hidden,
+                 (size + codes) * rows * D),
+    }  # fmt: skip
+    shared, whole = kept[remat]
+    return (size * D + shared) / setup.mesh["tensor"] + whole
 
 
 def forward_flops(setup: Setup) -> dict[str, float]:
@@ -307,21 +308,22 @@ def expert_transfers(setup: Setup) -> list[Transfer]:
 def tensor_transfers(setup: Setup) -> list[Transfer]:
     """Sequences gathered over the tensor axis before products that split heads or channels there.
 
-    What such products make is summed and scattered again. Backward the two change places, and the
-    inputs are gathered once more.
+    Those products read latents and what feeds the feed-forward, as codes in FP8, forward and again
+    backward; the gradients of the two results of a layer are gathered too. Partial sums are
+    scattered: both results, and backward the latents and the inputs of feed-forward and experts.
     """
     config, size = setup.run.config, itemsize(setup)
     if setup.mesh["tensor"] == 1:
         return []
+    codes = 1 + 4 / 128 if is_fp8(setup) else size
     layers = config.num_layers + config.num_mtp
-    D, Q, C = config.model_dim, config.query_latent_dim or config.model_dim, config.kv_latent_dim
-    # Queries and keys from latents, the two products of a feed-forward, experts and shared ones.
-    gathered, scattered = Q + C + 3 * D, 3 * D
-    each = setup.tokens * layers * size * setup.accumulation
+    D = config.model_dim
+    latents = (config.query_latent_dim or D) + config.kv_latent_dim
     times = layers * setup.accumulation
     return [
-        Transfer("tensor sums", "all-gather", ("tensor",), each * (2 * gathered + scattered),
-                 13 * times, False),
-        Transfer("tensor sums", "reduce-scatter", ("tensor",), each * (gathered + scattered),
-                 8 * times, False),
+        Transfer("tensor sums", "all-gather", ("tensor",),
+                 times * setup.tokens * (codes * 2 * (latents + D) + size * 2 * D), 8 * times,
+                 False),
+        Transfer("tensor sums", "reduce-scatter", ("tensor",),
+                 times * setup.tokens * size * (latents + 4 * D), 6 * times, False),
     ]  # fmt: skip

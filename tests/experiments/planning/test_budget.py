@@ -1,18 +1,21 @@
 """Budgets against shardings that JAX computes, published figures, and sums done by hand."""
 
 import dataclasses
+import json
 import math
 import re
+from pathlib import Path
 
 import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from deepseek_jax.block import REMAT
-from deepseek_jax.config import Precision, Schedule
+from deepseek_jax.config import Precision, Run, Schedule, from_json
 from deepseek_jax.counts import train_flops_per_token
 from deepseek_jax.training import abstract_state
 from experiments.planning.budget import (
+    argument_bytes,
     block_bytes,
     forward_flops,
     hop_rows,
@@ -20,13 +23,15 @@ from experiments.planning.budget import (
     step_transfers,
     step_work,
 )
-from experiments.planning.setup import mesh_of, meshes, refusal, setup, setups
+from experiments.planning.compare import foreseen
+from experiments.planning.setup import Setup, mesh_of, meshes, refusal, setup, setups
 from experiments.planning.weights import optimizer_bytes, parameter_bytes
 from experiments.recipes import recipe
 from sharding.hardware import cluster
 from sharding.mesh import AXES
-from sharding.placement import store_shardings
+from sharding.placement import Scheme, store_shardings
 
+ROOT = Path(__file__).parents[3]
 V3 = recipe("deepseek_v3")(None)
 TINY = recipe("tiny")(None)
 SHAPES = ("fsdp=32,expert=64", "data=4,fsdp=8,expert=64", "fsdp=256,tensor=8", "data=8,expert=256")
@@ -187,3 +192,23 @@ def test_micro_batches_may_fill_the_step_that_single_sequences_make():
     found = {(s.sequences, s.accumulation) for s in setups(V3, cluster("h200x2048"))
              if s.mesh == mesh}  # fmt: skip
     assert found == {(1, 8), (2, 4), (4, 2), (8, 1)}
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "experiments" / "results").glob("plan_*.json")), ids=lambda p: p.stem
+)
+def test_formulas_foresee_what_was_compiled_for_the_target(path):
+    found = json.loads(path.read_text())
+    scheme = Scheme(**found["scheme"])
+    chosen = Setup(from_json(Run, found["run"]), cluster(found["cluster"]), found["mesh"], scheme)
+    memory = {row["what"]: row["bytes"] for row in found["tables"]["memory of a device"]}
+    handed = next(n for what, n in memory.items() if what.endswith("compiler: state and batch"))
+    assert argument_bytes(chosen) == handed
+    sent = {row["for"]: row for row in found["tables"]["bytes a device sends in a step"]}
+    other = sent.pop("other")["compiled GB"]
+    assert other < 0.05 * sum(row["compiled GB"] for row in sent.values())
+    expected = dict.fromkeys(sent, 0.0)
+    for (purpose, _), total in foreseen(chosen).items():
+        expected[purpose] += total / 1e9
+    for purpose, row in sent.items():
+        assert row["compiled GB"] == pytest.approx(expected[purpose], rel=0.02), purpose
