@@ -108,17 +108,15 @@ def dense_choice(table, key, m, n, k, found) -> Choice:
 
 def gradients() -> dict[str, Tiles]:
     three = functools.partial(tile_scaled.Tiles, 3, memory_registers=24, band=16)
-    two = functools.partial(tile_scaled.Tiles, 2, memory_registers=24, band=16)
     return {
         "3x96": three(96, 4, 96, 1),
         "3x96.fetch": three(96, 4, 96, 1, fetch_sums=True),
         "3x128": three(128, 4, 32, 2),
         "3x128.band8": three(128, 4, 32, 2, band=8),
+        "3x128.halves": three(128, 4, 64, 1, band=8),
         # A whole tile in store buffers.
         "3x128.whole": three(128, 3, 128, 1),
         "3x128.fetch": three(128, 3, 128, 1, fetch_sums=True),
-        "2x160": two(160, 3, 160, 1),
-        "2x192": two(192, 4, 96, 1),
     }
 
 

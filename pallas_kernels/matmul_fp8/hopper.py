@@ -80,14 +80,9 @@ def balanced_row_tiles(rows: int, n: int, k: int, tiles: block_scaled.Tiles, cor
     return min(range(least, max(least, slices // 2) + 1), key=slowest)
 
 
-# 3 x 96 over DeepGEMM's figures, one H200: 2112 x 7168 877 against 754 TFLOP/s, 24576 x 1536 984
-# against 846, 32768 x 512 857 against 702, 7168 x 16384 970 against 887. Two warpgroups of 128
-# columns reach 754 to 904: the third hides the promotion, which takes two products here. A form
-# that loaded the column scales after the products had been issued and stored in three pieces was 7
-# to 13 % slower; which of the two it was is not known.
-GRADIENT_TILES = tile_scaled.Tiles(
-    3, 96, 4, store_columns=96, store_buffers=1, band=16, memory_registers=24
-)
+# 1.05 to 1.12 of the speed of 3 x 96 on five of V3's six shapes, and 3 x 96 is 1.0 to 1.1 of two
+# warpgroups of 160 or 192 columns: the third hides the promotion, which takes two products here.
+GRADIENT_TILES = tile_scaled.Tiles(3, 128, 4, band=8, memory_registers=24)
 
 
 def gradient_tiles_of(n: int, k: int) -> tile_scaled.Tiles:

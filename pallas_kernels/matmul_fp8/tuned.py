@@ -21,4 +21,11 @@ FEW: dict[tuple[int, ...], block_scaled.Tiles] = {
 }
 
 # (N, K) of weight gradients.
-GRADIENT_TILES: dict[tuple[int, ...], tile_scaled.Tiles] = {}
+GRADIENT_TILES: dict[tuple[int, ...], tile_scaled.Tiles] = {
+    # 868 TFLOP/s, 3 x 96 778; NVIDIA H200, 2026-11-25, commit fd7fe05.
+    (7168, 2048): tile_scaled.Tiles(3, 128, 4, band=16, memory_registers=24),
+    # 938 TFLOP/s, 3 x 96 866; NVIDIA H200, 2026-11-25, commit fd7fe05.
+    (24576, 1536): tile_scaled.Tiles(3, 128, 4, band=16, memory_registers=24),
+    # 813 TFLOP/s, 3 x 96 776; NVIDIA H200, 2026-11-25, commit fd7fe05.
+    (32768, 512): tile_scaled.Tiles(3, 128, 4, band=16, memory_registers=24),
+}
