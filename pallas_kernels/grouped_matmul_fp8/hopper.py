@@ -13,8 +13,8 @@ from pallas_kernels.grouped_matmul_fp8 import tuned
 # for (N, K) = (4096, 7168), (7168, 2048), (7168, 4096), (2048, 7168): 8 groups 1.15, 1.29, 1.15,
 # 1.18; 32 groups 1.03, 1.20, 1.10, 1.07. A band of 8 is 1 to 7 % slower with 32 groups.
 TILES = block_scaled.Tiles(band=16)
-# 1.06 to 1.19 of the speed of 3 x 96 on groups of 1536 and 4096 rows; 0.92 to 0.96 on 1024, where it
-# is the output that takes the time (tuned.py).
+# 1.06 to 1.19 of the speed of 3 x 96 on groups of 1536 and 4096 rows; 0.92 to 0.96 on 1024, where
+# the output is what takes the time (tuned.py).
 GRADIENT_TILES = tile_scaled.Tiles(3, 128, 4, band=8, memory_registers=24)
 
 
