@@ -164,6 +164,9 @@ def experts() -> Iterator[Choice]:
         make, present = block_scaled.Tiles, grouped_fp8.tiles_of(buffer, groups, n, k)
         found = {f"band{band}": make(band=band) for band in (8, 16, 32)}
         found["wide"] = make(band=16, store_columns=64, store_buffers=2)
+        if -(-n // 128) % 2:
+            # In pairs the last column tile has an empty one beside it.
+            found["single"] = make(band=16, pair=False)
         case = grouped.fp8_rows(sizes, n, k, "", buffer)
         yield grouped_choice(
             case,
