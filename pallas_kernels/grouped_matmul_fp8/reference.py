@@ -16,7 +16,7 @@ def by_rows(
     a_codes_MK: Float[Array, "M K"],
     a_scale_kM: Float[Array, "k M"],
     b_codes_GNK: Float[Array, "G N K"],
-    b_scale_Gnk: Float[Array, "G n k"],
+    b_scale_Gnk: Float[Array, "G n _"],
     group_m: Int32[Array, "m"],
     out_dtype: jax.typing.DTypeLike,
 ) -> Float[Array, "M N"]:

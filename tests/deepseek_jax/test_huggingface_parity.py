@@ -35,7 +35,7 @@ def golden(name):
 
 def compute(folder, tokens_BT):
     """Our values by the names of golden.npz, gradients by released names."""
-    model = ds.load_huggingface(folder)
+    model, tokens_BT = ds.load_huggingface(folder), jnp.asarray(tokens_BT)
     graphdef, params, biases = nnx.split(model, nnx.Param, RoutingBias)
 
     def loss_of(params):

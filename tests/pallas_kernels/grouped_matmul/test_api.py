@@ -105,8 +105,8 @@ def test_empty_groups_have_a_gradient_of_exactly_zero():
 
 
 def test_layout_of_groups():
-    sizes = np.array(SIZES["mixed"], np.int32)
-    np.testing.assert_array_equal(group_starts(sizes, ALIGNMENT), starts_of(sizes))
+    sizes = jnp.array(SIZES["mixed"], jnp.int32)
+    np.testing.assert_array_equal(group_starts(sizes, ALIGNMENT), starts_of(SIZES["mixed"]))
     blocks = group_of_block(sizes, num_blocks=8, alignment=ALIGNMENT)
     np.testing.assert_array_equal(blocks, [0, 2, 2, 3, 3, 5, 6, 6])
     real_M = is_real_row(sizes, num_rows=64, alignment=ALIGNMENT)

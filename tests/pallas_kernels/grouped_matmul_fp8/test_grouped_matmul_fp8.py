@@ -63,7 +63,7 @@ def test_row_tiles_cover_every_group_once(sizes, rows):
     padded = -(-np.array(sizes, np.int32) // 128) * 128
     starts = np.cumsum(padded, dtype=np.int32) - padded
     num_rows = int(padded.sum()) + 128
-    first, group, end, used = hopper.row_tiles(starts, padded, num_rows, rows)
+    first, group, end, used = hopper.row_tiles(*map(jnp.asarray, (starts, padded)), num_rows, rows)
     assert used[0] <= first.shape[0]
     covered = np.full(num_rows, -1)
     for i in range(int(used[0])):
@@ -123,7 +123,7 @@ def test_bad_input_is_refused(changes, message):
             jnp.zeros((given["rows"], 16)),
             quantize_blocks(w_GNK),
             w_GNK,
-            given["sizes"],
+            jnp.asarray(given["sizes"]),
             False,
             False,
             given["implementation"],
@@ -132,7 +132,7 @@ def test_bad_input_is_refused(changes, message):
 
 def test_tpus_are_refused_by_name():
     w_GNK = jnp.zeros((1, 16, 16))
-    weight, sizes_G = quantize_blocks(w_GNK), np.array([8], np.int32)
+    weight, sizes_G = quantize_blocks(w_GNK), jnp.array([8], jnp.int32)
     x_MK = jnp.zeros((128, 16))
     multiply = lambda x_MK: grouped_linear(x_MK, weight, w_GNK, sizes_G)
     with on(TPU), pytest.raises(NotImplementedError, match="TPU v5p"):

@@ -173,7 +173,7 @@ def test_other_tiles_of_weight_gradients_lower(tiles):
 
 @pytest.mark.parametrize("slices, tiles", [(64, 22), (64, 24), (16, 6), (1, 1), (5, 5)])
 def test_row_tiles_share_the_rows_evenly(slices, tiles):
-    starts = block_scaled.starts_of(slices, tiles, np.arange(tiles + 1))
+    starts = block_scaled.starts_of(slices, tiles, jnp.arange(tiles + 1))
     assert starts[0] == 0 and starts[-1] == slices
     assert set(np.diff(starts)) <= {slices // tiles, slices // tiles + 1}
 
