@@ -19,14 +19,16 @@ from tests.configs import WIDE, compiled, make_batch, make_run, make_state, on_d
 # Heads and hidden channels of two devices of a tensor axis are whole blocks of 128.
 CONFIG = dataclasses.replace(
     WIDE, num_mtp=0, content_head_dim=128, rotary_head_dim=128, value_head_dim=128,
-    dense_ffn_dim=512, expert_ffn_dim=256,
+    dense_ffn_dim=512, expert_ffn_dim=256, num_experts=8, num_groups=4, max_length=128,
 )
-RUN = make_run(CONFIG, batch=8, precision=ds.Precision.of("fp8"), remat="paper")
-# With the least cosine. Tokens of one device share scales in its weight gradients; over a tensor
-# axis sums of two BF16 results also round before the next product does.
+# Each device has a sequence of 128 tokens, of which its experts get all or none: so the same tokens
+# share scales in weight gradients, 128 at a time, on one device and on eight.
+RUN = make_run(CONFIG, batch=8, seq_len=128, precision=ds.Precision.of("fp8"), remat="paper")
 MESHES = [
-    pytest.param({"data": 2, "fsdp": 2, "expert": 2}, 0.998, id="data2-fsdp2-expert2"),
-    pytest.param({"fsdp": 4, "tensor": 2}, 0.985, id="fsdp4-tensor2", marks=pytest.mark.slow),
+    pytest.param({"data": 2, "fsdp": 2, "expert": 2}, id="data2-fsdp2-expert2"),
+    pytest.param({"expert": 8}, id="expert8", marks=pytest.mark.slow),
+    pytest.param({"fsdp": 2, "expert": 4}, id="fsdp2-expert4", marks=pytest.mark.slow),
+    pytest.param({"data": 4, "fsdp": 2}, id="data4-fsdp2", marks=pytest.mark.slow),
 ]
 
 
@@ -55,20 +57,39 @@ def one_device(state):
     return step(state)
 
 
-@pytest.mark.parametrize("sizes, least", MESHES)
-def test_a_step_on_a_mesh_is_that_of_one_device(sizes, least, state, one_device):
+def gradients(after):
+    """The gradient of every parameter, by name."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf, np.float64)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(after.first)
+    }
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_a_step_on_a_mesh_is_that_of_one_device(sizes, state, one_device):
     after, metrics = step(state, make_mesh(**sizes))
+    expected, metrics_of_one = one_device
+    np.testing.assert_allclose(metrics["loss"], metrics_of_one["loss"], rtol=1e-4)
+    assert (metrics["expert_counts_LE"] == metrics_of_one["expert_counts_LE"]).all()
+    found, right = gradients(after), gradients(expected)
+    for name, gradient in right.items():
+        error = np.linalg.norm(found[name] - gradient) / np.linalg.norm(gradient)
+        assert error <= 1e-3, (name, error)
+        assert not found[name][gradient == 0].any(), name
+
+
+@pytest.mark.slow
+def test_over_a_tensor_axis_gradients_point_where_those_of_one_device_do(state, one_device):
+    # Partial sums are rounded to BF16 before they are added: codes that fall the other way for it
+    # change what follows by as much as another draw of the roundings would, 0.1 of a gradient.
+    after, metrics = step(state, make_mesh(fsdp=4, tensor=2))
     expected, metrics_of_one = one_device
     np.testing.assert_allclose(metrics["loss"], metrics_of_one["loss"], rtol=2e-3)
     assert (metrics["expert_counts_LE"] == metrics_of_one["expert_counts_LE"]).all()
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(after.first), jax.tree.leaves(expected.first),
-        strict=True,
-    ):
-        a, b = (np.asarray(x, np.float64).ravel() for x in (a, b))
-        norms, where = (np.linalg.norm(a), np.linalg.norm(b)), jax.tree_util.keystr(path)
-        np.testing.assert_allclose(*norms, rtol=0.03, err_msg=where)
-        assert a @ b >= least * norms[0] * norms[1] > 0, (where, norms)
+    for (name, b), a in zip(gradients(expected).items(), gradients(after).values(), strict=True):
+        norms = np.linalg.norm(a), np.linalg.norm(b)
+        np.testing.assert_allclose(*norms, rtol=0.03, err_msg=name)
+        assert np.sum(a * b) >= 0.985 * norms[0] * norms[1] > 0, name
 
 
 @pytest.mark.parametrize(
