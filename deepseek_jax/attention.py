@@ -192,12 +192,13 @@ def absorbed(attention: Attention, q_BTNA, cache_BSY, start_B) -> Activation:
     # The softmax is divided by its sum after the values: two passes less over the scores.
     top_BNT1 = jnp.max(score_BNTS, axis=-1, keepdims=True)
     weight_BNTS = jnp.exp(score_BNTS - top_BNT1)
-    total_BTN1 = jnp.sum(weight_BNTS, axis=-1).swapaxes(1, 2)[..., None]
+    total_BNT1 = jnp.sum(weight_BNTS, axis=-1, keepdims=True)
     # Rotated keys are among the values and dropped: a slice of the cache would be a copy.
-    z_BTNY = jnp.einsum(
-        "BNTS,BSY->BTNY", weight_BNTS.astype(cache_BSY.dtype), cache_BSY,
+    z_BNTY = jnp.einsum(
+        "BNTS,BSY->BNTY", weight_BNTS.astype(cache_BSY.dtype), cache_BSY,
         preferred_element_type=jnp.float32,
     )
-    z_BTNC = (z_BTNY[..., : config.kv_latent_dim] / total_BTN1).astype(cache_BSY.dtype)
+    z_BNTC = (z_BNTY[..., : config.kv_latent_dim] / total_BNT1).astype(cache_BSY.dtype)
+    z_BTNC = z_BNTC.swapaxes(1, 2)
     o_BTNU = jnp.einsum("BTNC,NUC->BTNU", z_BTNC, w_v_NUC.astype(z_BTNC.dtype))
     return to_e5m6(o_BTNU) if fp8.is_quantized(attention.wo_DNU[...]) else o_BTNU

@@ -40,8 +40,10 @@ class Decoding:
 
 
 def is_as_read(precision: Precision) -> bool:
-    """Whether weights are stored as the products of decoding read them, on any device."""
-    return precision.weights == "fp8" or precision.matmul == "fp32"
+    """Whether weights are stored as the products of decoding read them."""
+    if precision.weights == "fp8" or precision.matmul == "fp32":
+        return True
+    return precision.weights == "bf16" and target().platform != "cpu"
 
 
 def as_read(model: Model) -> Model:
@@ -52,14 +54,19 @@ def as_read(model: Model) -> Model:
     """
     if model.precision.matmul != "bf16":
         return ready(model)
-    model = nnx.merge(*nnx.split(model))
     on_cpu = target().platform == "cpu"
-    for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        name, value = path[-1], param[...]
-        is_matrix = len(name.rsplit("_", 1)[-1]) > 1 and name != "router_ED"
-        if is_matrix:
-            value = value.astype(jnp.bfloat16)
-        param.set_value(value.astype(jnp.float32) if on_cpu else value)
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def read(path, value):
+        name = path[-1].key
+        if len(name.rsplit("_", 1)[-1]) > 1 and name != "router_ED":
+            # Not a cast, which compilers may leave out where another follows it.
+            value = jax.lax.reduce_precision(value, 8, 7)
+            value = value if on_cpu else value.astype(jnp.bfloat16)
+        return value.astype(jnp.float32) if on_cpu else value
+
+    weights = jax.tree_util.tree_map_with_path(read, nnx.to_pure_dict(params))
+    model = nnx.merge(graphdef, nnx.State(weights), rest)
     changes = dict.fromkeys(("weights", "activations", "matmul"), "fp32") if on_cpu else {}
     model.precision = replace(model.precision, **(changes or {"weights": "bf16"}))
     return model

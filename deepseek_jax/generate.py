@@ -207,7 +207,7 @@ class Text:
         mesh = mesh_of(model)
         # Inside a scope the mesh and its use are given.
         self._mesh = None if current_mesh() is not None else mesh
-        if not is_as_read(model.precision):
+        if not under_mesh(is_as_read, mesh)(model.precision):
             model = _as_read(model, mesh=self._mesh)
         self._model = model
         # No token is -1: so few programs serve any number of stop tokens.

@@ -327,7 +327,7 @@ def test_drafting_needs_mtp_modules():
 def test_on_a_cpu_bf16_weights_are_read_as_fp32_numbers():
     model = ds.Model(SMALL, precision="bf16", rngs=nnx.Rngs(0))
     read = as_read(model)
-    assert (read.precision.weights, read.precision.matmul, read.dtype) == ("fp32", "fp32", jnp.float32)
+    assert read.precision.weights == read.precision.matmul == "fp32" and read.dtype == jnp.float32
     head_VD, wide_VD = model.head_VD[...], read.head_VD[...]
     assert wide_VD.dtype == jnp.float32 and not (head_VD == wide_VD).all()
     assert (head_VD.astype(jnp.bfloat16).astype(jnp.float32) == wide_VD).all()
