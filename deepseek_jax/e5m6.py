@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.quantize_fp8.reference import TILE, scale_of
+from pallas_kernels.quantize_fp8.reference import TILE, amax_of, scale_of
 from sharding import local
 
 
@@ -37,7 +37,7 @@ def encode_e5m6(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     x32 = x.astype(jnp.float32)
     x32 = jnp.pad(x32, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % TILE)])
     tiles = x32.reshape(*x.shape[:-1], -1, TILE)
-    scale = scale_of(jnp.max(jnp.abs(tiles), axis=-1), power_of_two=True)
+    scale = scale_of(amax_of(tiles, axis=-1), power_of_two=True)
     half = (tiles / scale[..., None]).astype(jnp.float16)
     bits = jax.lax.bitcast_convert_type(half, jnp.uint16)
     # To nearest, ties to even.
