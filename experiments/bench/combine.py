@@ -14,11 +14,12 @@ import tyro
 from deepseek_jax.config import COMBINE, Run
 from deepseek_jax.experts import results_format
 from deepseek_jax.linear import DTYPES
-from deepseek_jax.training import init_state
+from deepseek_jax.training import TrainState, init_state
+from experiments.bench.kernel_report import provenance
 from experiments.data import TokenShards, prefetch, prepare
 from experiments.devices import Devices, MeshArgs, devices_of
 from experiments.recipes import recipe
-from experiments.tables import print_table
+from experiments.tables import print_table, write_json
 from experiments.train import CompiledSteps, batch_source, make_batch, plan_batches
 
 
@@ -63,16 +64,24 @@ def bench_combine(args: BenchCombineArgs) -> None:
             vocab_size=run.config.vocab_size,
             tokenizer_file=run.tokenizer,
         )
-        losses = {name: train(run, name, shards, devices) for name in COMBINE}
+        # Made once: compiling it takes longer than many steps.
+        start = init_state(run, devices.mesh)
+        losses = {name: train(run, name, start, shards, devices) for name in COMBINE}
     rows = [row(run, name, losses, args.last) for name in COMBINE]
     title = f"{args.recipe}, {args.steps} steps, {devices}"
-    print_table(rows, title=title, json_path=args.json)
+    print_table(rows, title=title)
+    if args.json is not None:
+        write_json(args.json, {**provenance(), "recipe": args.recipe, "steps": args.steps,
+                               "devices": str(devices), "rows": rows})
 
 
-def train(run: Run, combine: str, shards: TokenShards, devices: Devices) -> np.ndarray:
+def train(
+    run: Run, combine: str, start: TrainState, shards: TokenShards, devices: Devices
+) -> np.ndarray:
     """The loss of every step."""
     run = dataclasses.replace(run, precision=dataclasses.replace(run.precision, combine=combine))
-    state, source = init_state(run, devices.mesh), batch_source(run, shards)
+    # A copy: the step takes the memory of the state it is given.
+    state, source = jax.tree.map(jnp.copy, start), batch_source(run, shards)
     step_of, losses = CompiledSteps(run, state, devices), []
     make = lambda plan: make_batch(run, source, *plan, mesh=devices.mesh)
     batches = prefetch(make, plan_batches(run, 0))

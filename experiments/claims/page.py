@@ -17,7 +17,9 @@ STYLE = """
 .claims table { font-size: 0.85rem; min-width: 52rem; }
 .claims th, .claims td { width: auto; padding: 0.35rem 0.9rem 0.35rem 0; }
 .claims tr + tr td { border-top: 1px solid var(--grid); }
-.claims td:first-child, .claims td:last-child { white-space: nowrap; }
+.claims tr:not(.more) td:first-child { white-space: nowrap; }
+.claims tr.more td { border-top: 0; padding-top: 0; }
+.claims td.value { white-space: nowrap; font-variant-numeric: tabular-nums; }
 .claims .bad { color: var(--second); font-weight: 600; }
 """
 
@@ -64,27 +66,44 @@ def counts(results: Sequence[Result]) -> str:
 
 
 def rows(results: Sequence[Result]) -> str:
-    """The claims of a subject."""
-    head = "".join(
-        f"<th>{name}</th>" for name in ("", "claim", "printed", "ours", "tolerance", "verdict")
+    """The claims of a subject, a line for each value of a claim."""
+    names = ("", "claim", "", "printed", "ours", "tolerance", "verdict")
+    head = "".join(f"<th>{name}</th>" for name in names)
+    return (
+        f'<div class="claims"><table><tr>{head}</tr>{"".join(map(lines, results))}</table></div>'
     )
-    body = "".join(
-        f'<tr title="{html.escape(result.claim.how, quote=True)}">'
-        f"<td>{result.claim.name}<br><small>{html.escape(result.claim.section)}</small></td>"
-        f"<td>{html.escape(result.claim.says)}</td>"
-        f"<td>{cell(result.claim.printed)}</td><td>{cell(result.ours)}</td>"
-        f"<td>{html.escape(result.claim.tolerance.words)}</td>"
-        f"<td{' class=bad' if result.verdict == DISAGREES else ''}>{result.verdict}</td></tr>"
-        for result in results
+
+
+def lines(result: Result) -> str:
+    """A claim; what is said of all its values stands beside the first of them."""
+    claim, (first, *more) = result.claim, parts(result)
+    over = f' rowspan="{1 + len(more)}"' if more else ""
+    bad = " class=bad" if result.verdict == DISAGREES else ""
+    lined = (
+        f'<tr title="{html.escape(claim.how, quote=True)}">'
+        f"<td{over}>{claim.name}<br><small>{html.escape(claim.section)}</small></td>"
+        f"<td{over}>{html.escape(claim.says)}</td>{first}"
+        f"<td{over}>{html.escape(claim.tolerance.words)}</td>"
+        f"<td{over}{bad}>{result.verdict}</td></tr>"
     )
-    return f'<div class="claims"><table><tr>{head}</tr>{body}</table></div>'
+    return lined + "".join(f'<tr class="more">{part}</tr>' for part in more)
+
+
+def parts(result: Result) -> list[str]:
+    """Three cells for each value: its name, as printed, ours."""
+    printed, ours = result.claim.printed, result.ours
+    if not isinstance(printed, dict):
+        printed, ours = {"": printed}, {"": ours}
+    ours = ours or {}
+    names = [*printed, *(name for name in ours if name not in printed)]
+    value = lambda of, name: f'<td class="value">{cell(of.get(name))}</td>'
+    return [
+        f"<td>{html.escape(name)}</td>{value(printed, name)}{value(ours, name)}" for name in names
+    ]
 
 
 def cell(value) -> str:
-    """A value, names and numbers one below the other."""
-    if isinstance(value, dict):
-        shown = ((name, item) for name, item in value.items() if item is not None)
-        return "<br>".join(f"{html.escape(name)} {cell(item)}" for name, item in shown)
+    """A value in a cell."""
     if isinstance(value, list | tuple):
         return " ".join(map(cell, value))
     return html.escape(f"{value:.6g}" if isinstance(value, float) else show(value))

@@ -47,6 +47,6 @@ def test_formats_train_alike(tmp_path):
         "bench", "combine", "--mesh", "expert=4,data=2", "--steps", 3, "--last", 1, "--json", file
     )
     assert code == 0, err
-    rows = json.loads(file.read_text())
+    rows = json.loads(file.read_text())["rows"]
     assert [row["gap %"] == 0 for row in rows] == [True, False, False]
     assert all(abs(row["gap %"]) < 1 for row in rows)

@@ -42,7 +42,7 @@ def results(tmp_path, monkeypatch):
         measured.RESIDUAL: {**WHERE, "curves": found, "formats": residual.compare(found)},
         measured.LOGFMT: {**WHERE, "rows": logfmt_rows()},
         measured.ACCUMULATION: {**WHERE, "rows": sums()},
-        measured.COMBINE: combine,
+        measured.COMBINE: {**WHERE, "rows": combine},
     }
     for name, value in files.items():
         (tmp_path / name).write_text(json.dumps(value))
