@@ -94,11 +94,8 @@ def chat_config(path: Path) -> dict[str, Any] | None:
 
 def chat_prompt(record: dict[str, Any], messages: list[dict[str, str]]) -> str:
     """A conversation as the model was trained to read it, up to where its answer begins."""
-    try:
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError as error:
-        raise ValueError("chat templates need jinja2: pip install jinja2, or use --raw") from error
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def refuse(text: str):
         raise ValueError(f"the chat template refuses this conversation: {text}")
