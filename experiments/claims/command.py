@@ -49,7 +49,7 @@ class ClaimsArgs:
     html: Path | None = None
     """Where the page goes: runs/claims.html when all claims are computed, else nowhere."""
     measure: Path | None = None
-    """First measure on this GPU what claims need of one, into this folder: experiments/results."""
+    """First measure on this H200 what claims need of one, into this folder: experiments/results."""
     data: tuple[str, ...] = ()
     """With --measure, text or token shards to train on; Python's library by default."""
 

@@ -5,16 +5,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from experiments.bench import accumulation, logfmt, residual
 from experiments.bench.kernel_run import ratios
 from experiments.claims.claim import AT_MOST, BY_RULE, RESULTS, Claim, Tolerance, apart, between
 
-LOGFMT, ACCUMULATION, RESIDUAL = "logfmt_gpu.json", "accumulation_gpu.json", "residual_gpu.json"
+LOGFMT, ACCUMULATION, RESIDUAL = (
+    f"bench_{name}_h200.json" for name in ("logfmt", "accumulation", "residual")
+)
 COMBINE = "combine.json"
 
 
 def measure(folder: Path, data: tuple[str, ...]) -> None:
-    """Measures all of these on this GPU, ten minutes at most; each file says its card and date."""
+    """Measures all of these on this H200 in about ten minutes; each file says its card and date.
+
+    Raises:
+      ValueError: on another device, whose figures would stand for those of an H200.
+    """
+    found = jax.devices()[0].device_kind
+    if "H200" not in found:
+        raise ValueError(f"--measure records what an H200 does, and this is {found}")
     folder.mkdir(parents=True, exist_ok=True)
     logfmt.bench_logfmt(logfmt.BenchLogfmtArgs(out=folder))
     (folder / "logfmt.json").replace(folder / LOGFMT)
@@ -116,8 +127,8 @@ CLAIMS = (
         verdict=BY_RULE,
         recorded=LOGFMT,
         how="`bench logfmt` on one GPU: kernels that do nothing else, over copies of the BF16 "
-        "rows that combine makes without them. Ours are not fused with a transfer, so the figures "
-        "stand beside the paper's and are not the same measurement.",
+        "rows that combine makes without them, which move more bytes. Ours are not fused with a "
+        "transfer, so the figures stand beside the paper's and are not the same measurement.",
         otherwise=dict(copies=0.1),
     ),
     Claim(

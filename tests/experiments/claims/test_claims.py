@@ -185,6 +185,7 @@ def test_values_as_text():
     [
         (["figure_9"], ["unknown claim 'figure_9'", "did you mean figure_8"]),
         (["zzz"], ["unknown claim 'zzz'", "subjects are memory"]),
+        (["measured", "--measure", "x"], ["--measure records what an H200 does", "this is cpu"]),
     ],
 )
 def test_claims_that_do_not_exist(words, parts):
