@@ -160,7 +160,7 @@ COMMANDS = {
         "experiments.bench.balance",
         "bench_balance",
         "expert load and loss with and without the routing-bias update, as a plot",
-        "tiny --steps 250 --out runs/balance",
+        "tiny --out runs/balance",
     ),
     "pipeline": Command(
         "experiments.pipeline",

@@ -28,7 +28,9 @@ def tiny(steps: int | None = None) -> Run:
         micro_batch=batch,
         batch_size=Schedule.constant(batch),
         learning_rate=warmup_and_decay(5e-3, tokens=tokens, warmup=0.03 * tokens),
-        gamma=Schedule((Phase(tokens, 0.02, 0.001),)),
+        # Fast at first, when experts crowd; 0 at the end, as in the paper, so that each expert's
+        # share of the text stands still.
+        gamma=Schedule((Phase(0.8 * tokens, 0.01, 0.001), Phase(0, 0.0, 0.0))),
         checkpoint_every=200,
     )
 
