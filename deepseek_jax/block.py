@@ -14,6 +14,7 @@ from deepseek_jax.latent_cache import LatentCache
 from deepseek_jax.layers import FeedForward, norm_for, ones
 from deepseek_jax.moe import Load, MoE
 from deepseek_jax.residual import rounded
+from pallas_kernels.mosaic import target
 
 # What the backward pass keeps of a block beside its input; the rest is computed again.
 # paper: RMSNorms, MLA's up-projections and SwiGLU outputs are recomputed (V3 report, 3.2.3).
@@ -25,6 +26,9 @@ REMAT: dict[str, Callable | None] = {
     "attention": jax.checkpoint_policies.save_only_these_names("attention"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+# Layers of a cached pass that an accelerator runs without a loop around them.
+LAYERS_AT_ONCE = 8
 
 
 class Block(nnx.Module):
@@ -122,7 +126,9 @@ def run_cached(
         return (x_BTD, replace(output.latent_BTY, layer=None), index + 1, lost), None
 
     carry = x_BTD, cache, jnp.int32(first), jnp.int32(0)
-    (x_BTD, cache, _, lost), _ = jax.lax.scan(layer, carry, blocks)
+    # Between iterations a GPU waits longer than a kernel of one token takes.
+    unroll = 1 if target().platform == "cpu" else LAYERS_AT_ONCE
+    (x_BTD, cache, _, lost), _ = jax.lax.scan(layer, carry, blocks, unroll=unroll)
     return x_BTD, cache, lost
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 from deepseek_jax import configs
 from deepseek_jax.config import Precision
 from deepseek_jax.counts import param_counts
-from deepseek_jax.generate import generate_with_report
+from deepseek_jax.generate import Text
 from deepseek_jax.huggingface import save_huggingface
 from deepseek_jax.linear import DTYPES
 from deepseek_jax.model import Model
@@ -79,31 +79,36 @@ def bench_decode(args: BenchDecodeArgs) -> None:
                 0, config.vocab_size, (batch, args.prompt)
             )
             rows.append(ours(args, model, precision, prompt_BT))
+            print(rows[-1], flush=True)
         if args.peer:
             for row in rows[-len(args.batch) :]:
                 row |= transformers_figures(args, model, precision, row)
+                print(row, flush=True)
     print_table(rows, title=f"bench decode {args.model}", json_path=args.json)
 
 
 def ours(args: BenchDecodeArgs, model: Model, precision: str, prompt_BT) -> dict[str, Any]:
     """Tokens/s of our generation and of the memory that must move."""
-    options = dict(max_new_tokens=args.new, draft=args.draft)
-    began = time.perf_counter()
-    tokens, _ = generate_with_report(model, prompt_BT, **options)
-    first = time.perf_counter() - began
-    seconds = []
-    for _ in range(args.repeats):
+    whole, steps = [], []
+    for _ in range(args.repeats + 1):
         began = time.perf_counter()
-        _, report = generate_with_report(model, prompt_BT, **options)
-        seconds.append(time.perf_counter() - began)
-    B = prompt_BT.shape[0]
+        text = Text(model, prompt_BT, max_new_tokens=args.new, draft=args.draft)
+        jax.block_until_ready(text.state)
+        read = time.perf_counter()
+        text.advance()
+        ended = time.perf_counter()
+        whole.append(ended - began)
+        steps.append(ended - read)
+    report, fastest = text.report, min(whole[1:])
+    B, decoding = prompt_BT.shape[0], min(steps[1:])
     row = {
         "device": jax.devices()[0].device_kind,
         "precision": precision,
         "batch": B,
-        "tokens_per_second": B * args.new / min(seconds),
-        "ms_per_step": 1e3 * min(seconds) / report.steps,
-        "compile_seconds": first - min(seconds),
+        "tokens_per_second": B * args.new / fastest,
+        "prompt_ms": 1e3 * (fastest - decoding),
+        "ms_per_step": 1e3 * decoding / report.steps,
+        "compile_seconds": whole[0] - fastest,
         "cache_bytes": report.cache_bytes,
     }
     moved = bytes_per_step(model, B, args.prompt + args.new // 2)
@@ -113,7 +118,8 @@ def ours(args: BenchDecodeArgs, model: Model, precision: str, prompt_BT) -> dict
         if known.platform == "cpu" or not row["device"].startswith(known.kind):
             continue
         row["limit_tokens_per_second"] = B * known.memory_bandwidth / moved
-        row["share_of_limit"] = row["tokens_per_second"] / row["limit_tokens_per_second"]
+        # Of the steps: the limit leaves out the prompts.
+        row["share_of_limit"] = B * args.new / decoding / row["limit_tokens_per_second"]
     return row
 
 
@@ -157,7 +163,8 @@ def transformers_figures(args: BenchDecodeArgs, model: Model, precision: str, ro
         began = time.perf_counter()
         found = generate()
         seconds.append(time.perf_counter() - began)
-    tokens, _ = generate_with_report(model, prompt_BT, max_new_tokens=args.new)
+    text = Text(model, prompt_BT, max_new_tokens=args.new)
+    tokens = text.new_tokens(*text.advance()[:2])
     theirs_per_second = row["batch"] * args.new / min(seconds)
     return {
         "transformers_tokens_per_second": theirs_per_second,
