@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,7 @@ def _say_errors_once() -> None:
             before(late)
 
     sys.unraisablehook = hook
+    warnings.filterwarnings("ignore", "coroutine 'async_serialize", RuntimeWarning)
     logging.getLogger("absl").addFilter(
         lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname
     )
