@@ -21,8 +21,11 @@ def calls(jaxpr, loops=()):
         name, inside = eqn.primitive.name, loops
         kernel = name == "mpmd_map"
         avals = lambda atoms: tuple(atom.aval for atom in atoms)
-        yield Call(loops, eqn.params["name"] if kernel else name, avals(eqn.invars),
-                   avals(eqn.outvars), eqn)
+        operands, results = avals(eqn.invars), avals(eqn.outvars)
+        if kernel and not results:
+            # With jax 0.11 and later some write into a reference that they are given.
+            results = tuple(aval.inner_aval for aval in operands if hasattr(aval, "inner_aval"))
+        yield Call(loops, eqn.params["name"] if kernel else name, operands, results, eqn)
         if kernel:
             continue
         if name == "scan":
