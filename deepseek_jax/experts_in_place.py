@@ -14,7 +14,7 @@ from deepseek_jax.swiglu import swiglu
 from pallas_kernels.mosaic import target
 
 # Above, an expert's weights are read once for many rows, which is what dispatch is for.
-MOST_TOKENS = 32
+MOST_TOKENS = 64
 
 
 def suits(num_tokens: int, choices: int, num_experts: int) -> bool:
