@@ -261,5 +261,8 @@ def compiler_remarks(chosen: Setup, found: Compiled) -> list[str]:
     if found.target == "cpu":
         lines.append("the CPU compiler sums with all-reduce where others reduce-scatter, and in "
                      "FP32; its element counts hold, its peak is no other device's")  # fmt: skip
+    if found.target.startswith("TPU"):
+        lines.append("the TPU compiler pads arrays, and does not note how often loops run: that is "
+                     "read off their conditions")  # fmt: skip
     return [*lines, *found.notes]
 

@@ -16,6 +16,7 @@ from experiments.planning.setup import Setup
 from experiments.planning.weights import (
     WHOLE,
     Weight,
+    code_axes,
     optimizer_bytes,
     parameter_bytes,
     shards,
@@ -203,8 +204,8 @@ def block_bytes(setup: Setup) -> float:
     return setup.accumulation * blocks * size * (2 * forward + again + 3 * 4)
 
 
-def gathers(weight: Weight, setup: Setup) -> list[tuple[float, int]]:
-    """(bytes of an element, how often a step) of the gathers of a weight.
+def gathers(weight: Weight, setup: Setup) -> list[tuple[float, int, tuple[str, ...]]]:
+    """(bytes of an element, how often a step, mesh axes first to last) of a weight's gathers.
 
     Masters are FP32; compilers move the cast to what products multiply in front of the gather in
     scanned layers, but where attention is computed again backward. Embedding, head and MTP modules
@@ -212,21 +213,22 @@ def gathers(weight: Weight, setup: Setup) -> list[tuple[float, int]]:
     that falls on blocks and otherwise gathered for it, once a step; codes are gathered forward, and
     again where attention is computed again, and transposed codes backward.
     """
-    often = setup.accumulation if setup.scheme.zero == 3 else 1
+    often, own = setup.accumulation if setup.scheme.zero == 3 else 1, weight.gathered
     if weight.leaf in WHOLE:
-        return [(4, often)]
-    if is_fp8(setup) and weight.leaf != "router_ED":
+        return [(4, often, own)]
+    if is_fp8(setup) and weight.is_matrix and weight.leaf != "router_ED":
         shape = weight.shape[-len(weight.letters) :]
         in_place = falls_on_blocks(weight.letters, shape, setup.mesh)
-        masters = [] if in_place else [(4, 1)]
+        masters = [] if in_place else [(4, 1, own)]
         if setup.scheme.zero == 1:
-            return [(1, 2)] if in_place else masters
+            return [(1, 2, own)] if in_place else masters
         again = "N" in weight.letters and setup.run.remat != "none"
-        return [*masters, (1, (2 + again) * often)]
+        codes, turned = code_axes(weight, setup.mesh)
+        return [*masters, (1, (1 + again) * often, codes), (1, often, turned)]
     if setup.scheme.zero == 1 or not weight.name.startswith(("dense.", "moe.")):
-        return [(4, often)]
+        return [(4, often, own)]
     cast = itemsize(setup) if weight.leaf != "router_ED" else 4
-    return [(cast, often), (4 if "N" in weight.letters else cast, often)]
+    return [(cast, often, own), (4 if "N" in weight.letters else cast, often, own)]
 
 
 def step_transfers(setup: Setup) -> list[Transfer]:
@@ -242,13 +244,14 @@ def weight_transfers(setup: Setup) -> list[Transfer]:
         # Embedding and head are used once more by each MTP module.
         uses = 1 + run.config.num_mtp if w.leaf in WHOLE else 1
         sums = uses * w.layers * setup.accumulation
-        size_of_all = sum(item * often for item, often in gathers(w, setup))
-        calls = w.layers * sum(often for _, often in gathers(w, setup))
         each = size / w.layers
+        for item, often, axes in gathers(w, setup):
+            for index, axis in enumerate(axes):
+                moved = size * item * often / shards(axes[index + 1 :], mesh)
+                found.append(Transfer("weights", "all-gather", (axis,), moved, w.layers * often,
+                                      True))
         for index, axis in enumerate(w.gathered):
             part = each / shards(w.gathered[index + 1 :], mesh)
-            found.append(Transfer("weights", "all-gather", (axis,), part * w.layers * size_of_all,
-                                  calls, True))
             found.append(Transfer("gradients", "reduce-scatter", (axis,), 4 * part * sums, sums,
                                   True))
         if w.summed:

@@ -14,9 +14,10 @@ from jax.sharding import PartitionSpec
 
 from deepseek_jax.config import ModelConfig, Run
 from deepseek_jax.counts import abstract_model
+from deepseek_jax.fp8 import sides
 from deepseek_jax.linear import DTYPES
 from sharding.mesh import AXES
-from sharding.rules import COMPUTE, STORE, Table, letters_of, weight_spec
+from sharding.rules import COMPUTE, STORE, Table, letters_of, spec, weight_spec
 
 # The model multiplies with these whole, whatever the compute table says of V.
 WHOLE = ("embed_VD", "head_VD")
@@ -137,7 +138,30 @@ def shards(axes: tuple[str, ...], mesh: Mapping[str, int]) -> int:
     return math.prod(mesh.get(axis, 1) for axis in axes)
 
 
-def _axes(spec: PartitionSpec) -> tuple[str, ...]:
+def code_axes(
+    weight: Weight, mesh: Mapping[str, int]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Axes over which FP8 codes, and transposed codes, are gathered before use.
+
+    Codes are matrices of rows filled up to 16 and columns up to 128, and lie as such: where heads
+    and their channels are one dimension, more axes divide it.
+    """
+    sizes = dict(zip(weight.letters, weight.shape[-len(weight.letters) :], strict=True))
+    lead, outputs, contracted = sides(weight.letters)
+    rows, columns = (math.prod(sizes[letter] for letter in side) for side in (outputs, contracted))
+    up = lambda n, multiple: -(-n // multiple) * multiple
+    first, n, k = tuple(sizes[letter] for letter in lead), outputs[0], contracted[0]
+    found = []
+    for letters, shape in (
+        (lead + n + k, (*first, up(rows, 16), up(columns, 128))),
+        (lead + k + n, (*first, up(columns, 16), up(rows, 128))),
+    ):
+        axes = _axes(spec(letters, shape, STORE, mesh))
+        found.append(tuple(a for a in axes if mesh[a] > 1 and a not in weight.computed))
+    return tuple(found)
+
+
+def _axes(where: PartitionSpec) -> tuple[str, ...]:
     """The axes dimension by dimension; within one, the last counts fastest and goes first."""
-    entries = [(entry,) if isinstance(entry, str) else entry or () for entry in spec]
+    entries = [(entry,) if isinstance(entry, str) else entry or () for entry in where]
     return tuple(axis for entry in entries for axis in reversed(entry))
