@@ -12,6 +12,7 @@ import pytest
 
 import deepseek_jax as ds
 from deepseek_jax.counts import train_flops_per_token
+from deepseek_jax.experts_in_place import MOST_TOKENS
 from deepseek_jax.training import abstract_state
 from experiments import explain, program
 from experiments.explain import ExplainArgs
@@ -27,7 +28,10 @@ def explained(run, mesh=None, device=None):
 @pytest.fixture(scope="module")
 def bf16():
     # Of more tokens than are served where their experts lie.
-    return explained(make_run(precision=ds.Precision.of("bf16"), seq_len=40))
+    config = dataclasses.replace(TINY, max_length=2 * MOST_TOKENS)
+    return explained(
+        make_run(config, precision=ds.Precision.of("bf16"), seq_len=MOST_TOKENS + 1)
+    )
 
 
 def of(rows, name):
