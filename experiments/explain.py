@@ -49,7 +49,8 @@ class ExplainArgs:
     """
 
     recipe: Annotated[str, tyro.conf.Positional] = "tiny"
-    """A recipe (tiny, hundred_million, peer, deepseek_v3), or a configuration (kimi_k2, deepseek_v2_lite, ...)."""
+    """A recipe (tiny, hundred_million, peer, deepseek_v3), or a configuration (kimi_k2,
+    deepseek_v2_lite, ...)."""
     precision: str | None = None
     """fp32, bf16 or fp8; the recipe's by default, bf16 for a configuration."""
     mesh: tuple[str, ...] = ()
