@@ -39,8 +39,8 @@ class BenchBalanceArgs:
     recipe: Annotated[str, tyro.conf.Positional] = "tiny"
     """Name of the recipe."""
     steps: int = 1000
-    """Steps of each run. In a few hundred an expert has not yet learnt what it is best at, and
-    two crowded experts learn faster than sixteen."""
+    """Steps of each run. After a few hundred, runs without the bias are as good or better: few
+    experts, each with much text, learn faster than many with little."""
     seeds: int = 3
     """Seeds of weights and data order, each trained twice."""
     data: tuple[str, ...] = ()
