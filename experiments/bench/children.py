@@ -1,5 +1,6 @@
 """Cases of a benchmark in processes of their own, so that one that fails or hangs costs one row."""
 
+import gc
 import json
 import os
 import queue
@@ -10,13 +11,14 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 
-from experiments.processes import group, supervise
+from experiments.bench.kernel_run import brief
+from experiments.processes import group, here, is_first, join, supervise
 
 GRACE = 15  # seconds that processes have to end by themselves
 
@@ -68,6 +70,26 @@ def several(processes: int, words: Sequence[str]) -> int:
     share = lambda found: f"{found[1]}{int(found[2]) // processes}"
     os.environ["XLA_FLAGS"] = re.sub(r"(host_platform_device_count=)(\d+)", share, flags)
     return supervise(group(processes), ["-m", *words])
+
+
+def answer(module: str, work: Callable[[Row], Row], path: str, processes: str = "1") -> None:
+    """What the program `module` does when called: a line of JSON for each case of a file.
+
+    A case whose work fails says so. With more than one process it starts them, and they answer.
+    """
+    place = here()
+    if int(processes) > 1 and place is None:
+        raise SystemExit(several(int(processes), [module, *sys.argv[1:]]))
+    if place is not None:
+        join(place)
+    for case in json.loads(Path(path).read_text()):
+        try:
+            found = work(case)
+        except Exception as error:
+            found = {"error": brief(error)}
+        if is_first():
+            print(json.dumps({"key": case["key"], **found}), flush=True)
+        gc.collect()
 
 
 class Child:

@@ -4,14 +4,11 @@
 of the file.
 """
 
-import gc
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,8 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax import fp8
-from experiments import processes
-from experiments.bench.children import several
+from experiments.bench.children import answer
 from experiments.bench.kernel_run import brief
 from pallas_kernels.quantize_fp8 import quantize_tiles
 from sharding.expert_parallel import (
@@ -60,19 +56,7 @@ class Direction(NamedTuple):
 def main() -> None:
     """The file's cases, one after the other; one that fails says so."""
     path, *count = sys.argv[1:]
-    place = processes.here()
-    if count and place is None:
-        raise SystemExit(several(int(count[0]), [__spec__.name, *sys.argv[1:]]))
-    if place is not None:
-        processes.join(place)
-    for case in json.loads(Path(path).read_text()):
-        try:
-            found = timed(case)
-        except Exception as error:
-            found = {"error": brief(error)}
-        if processes.is_first():
-            print(json.dumps({"key": case["key"], **found}), flush=True)
-        gc.collect()
+    answer(__spec__.name, timed, path, *count)
 
 
 def timed(case: Words) -> dict[str, Any]:

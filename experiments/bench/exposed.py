@@ -4,14 +4,12 @@ A collective is exposed while it runs on a device and no other kernel does. Its 
 of the groups in the compiled program, found by the name of the operation.
 """
 
-import gzip
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments.bench.kernels import of_gpus
 from experiments.planning.hlo import KINDS, axes_of, first_group
 
 Span = tuple[float, float]
@@ -71,22 +69,9 @@ def collectives(text: str, mesh: Mapping[str, int]) -> dict[str, Collective]:
     return found | {name: inside[called] for name, called in calls.items() if called in inside}
 
 
-def read_trace(folder: Path) -> list[dict[str, Any]]:
-    """The events that jax.profiler.trace(folder, create_perfetto_trace=True) left behind.
-
-    Raises:
-      ValueError: it left none.
-    """
-    traces = sorted(Path(folder).rglob("perfetto_trace.json.gz"))
-    if not traces:
-        raise ValueError("the profiler wrote no trace on this platform")
-    events = json.loads(gzip.decompress(traces[-1].read_bytes()))
-    return events["traceEvents"] if isinstance(events, dict) else events
-
-
-def waits(events: Iterable[Mapping[str, Any]], known: Mapping[str, Collective]) -> Waits | None:
+def waits(events: Sequence[Mapping[str, Any]], known: Mapping[str, Collective]) -> Waits | None:
     """Where the devices of a trace wait for communication; None where it shows no GPU."""
-    per_device = [_of_device(kernels, known) for kernels in _kernels(list(events)).values()]
+    per_device = [_of_device(kernels, known) for kernels in of_gpus(events).values()]
     if not per_device:
         return None
     mean = lambda values: sum(values) / len(per_device)
@@ -105,23 +90,6 @@ def waits(events: Iterable[Mapping[str, Any]], known: Mapping[str, Collective]) 
             for (kind, axes), (calls, ms, alone) in sorted(rows.items(), key=lambda r: -r[1][2])
         ),
     )
-
-
-def _kernels(events: Sequence[Mapping[str, Any]]) -> dict[int, list[Mapping[str, Any]]]:
-    """What ran on the streams of each GPU."""
-    named = lambda what, part: {
-        (event["pid"], event.get("tid"))
-        for event in events
-        if event.get("name") == what and part in event["args"].get("name", "")
-    }
-    devices = {pid for pid, _ in named("process_name", "GPU")}
-    streams = named("thread_name", "Stream")
-    found: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
-    for event in events:
-        pid = event.get("pid")
-        if event.get("ph") == "X" and pid in devices and (pid, event.get("tid")) in streams:
-            found[pid].append(event)
-    return found
 
 
 def _of_device(kernels: Iterable[Mapping[str, Any]], known: Mapping[str, Collective]) -> Waits:

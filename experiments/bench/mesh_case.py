@@ -4,23 +4,19 @@
 of the file; WORD is `compile` or `measure`.
 """
 
-import gc
-import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from deepseek_jax.training import init_state, make_train_step
-from experiments import processes
-from experiments.bench.children import several
-from experiments.bench.exposed import collectives, read_trace, waits
+from experiments.bench.children import answer
+from experiments.bench.exposed import collectives, waits
 from experiments.bench.kernel_run import brief
+from experiments.bench.kernels import traced
 from experiments.planning.compile import abstract_arguments, setup_of
 from experiments.planning.setup import Setup
 from experiments.train import planned_bytes
@@ -33,19 +29,7 @@ WARM_UP = 2
 def main() -> None:
     """The words of the command line."""
     word, path, *count = sys.argv[1:]
-    place = processes.here()
-    if count and place is None:
-        raise SystemExit(several(int(count[0]), [__spec__.name, *sys.argv[1:]]))
-    if place is not None:
-        processes.join(place)
-    for case in json.loads(Path(path).read_text()):
-        try:
-            found = (compiled if word == "compile" else measured)(case)
-        except Exception as error:
-            found = {"error": brief(error)}
-        if processes.is_first():
-            print(json.dumps({"key": case["key"], **found}), flush=True)
-        gc.collect()
+    answer(__spec__.name, compiled if word == "compile" else measured, path, *count)
 
 
 def program(setup: Setup) -> tuple[jax.sharding.Mesh, Any, Any]:
@@ -125,10 +109,8 @@ def batches(setup: Setup, where: jax.ShapeDtypeStruct, steps: int) -> Iterator[d
 
 def profile(step: Callable[[], Any], compiled_step: Any, setup: Setup) -> dict[str, Any] | None:
     """Communication in one step; None where the profiler sees no GPU. The state is used up."""
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder, create_perfetto_trace=True):
-            jax.block_until_ready(step())
-        found = waits(read_trace(Path(folder)), collectives(compiled_step.as_text(), setup.mesh))
+    events = traced(lambda: jax.block_until_ready(step()))
+    found = waits(events, collectives(compiled_step.as_text(), setup.mesh))
     return None if found is None else found._asdict()
 
 

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from experiments.bench.exposed import Collective, collectives, merged, read_trace, waits
+from experiments.bench.exposed import Collective, collectives, merged, waits
+from experiments.bench.kernels import read_trace
 
 MESH = {"data": 1, "fsdp": 2, "expert": 2, "tensor": 1}
 PROGRAM = """HloModule step
