@@ -97,12 +97,13 @@ def bench_dispatch(args: BenchDispatchArgs) -> None:
     todo = list(cases(args, check(args, host)))
     found: dict[str, Row] = {}
     env = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    if args.peers and importlib.util.find_spec("torch") is None:
+    torch_here = importlib.util.find_spec("torch") is not None
+    if args.peers and not torch_here:
         note("torch is not installed: no row has NCCL's own time beside it")
     for case, row in run_cases(COMMAND, todo, env, limit=args.case_limit, until=until):
         found[case.key] = row
         note(f"  {case.key}: {row.get('error') or short(row)}")
-    peers = exchange_times(args, host["count"], found, seconds=90)
+    peers = exchange_times(host["count"], found, seconds=90) if args.peers and torch_here else {}
     rows = list(table(todo, found, host["count"], peers.get("us", {})))
     verdicts = judged(rows)
     about = {**origin(host), "torch": peers.get("torch"), "peers": peers.get("error"),
@@ -161,13 +162,11 @@ def cases(args: BenchDispatchArgs, count: int) -> Iterator[Case]:
                                nodes if path == "two-hop" else 1, args.processes)  # fmt: skip
 
 
-def exchange_times(
-    args: BenchDispatchArgs, count: int, found: Mapping[str, Row], *, seconds: float
-) -> Row:
+def exchange_times(count: int, found: Mapping[str, Row], *, seconds: float) -> Row:
     """torch's microseconds by bytes, or why there are none."""
     sizes = sorted({rounded(b, count) for row in found.values()
                     for b in row.get("bytes", {}).values()})  # fmt: skip
-    if not args.peers or not sizes or importlib.util.find_spec("torch") is None:
+    if not sizes:
         return {}
     port = str(free_port())
     command = [sys.executable, "-m", "experiments.bench.nccl"]

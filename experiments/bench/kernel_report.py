@@ -33,18 +33,21 @@ def figures(work: Mapping[str, float], microseconds: float) -> dict[str, float]:
     return found | ({"TFLOP/s": work["flops"] / microseconds / 1e6} if work["flops"] else {})
 
 
-def provenance() -> dict[str, Any]:
-    """Which card, code and day the figures are of."""
-    device = jax.devices()[0]
+def commit() -> str | None:
+    """The commit of the code that runs, where it is a clone."""
     command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=10)
-        commit = found.stdout.strip() or None
+        return found.stdout.strip() or None
     except OSError:
-        commit = None
+        return None
+
+
+def provenance() -> dict[str, Any]:
+    """Which card, code and day the figures are of."""
     return {
-        "card": device.device_kind,
-        "commit": commit,
+        "card": jax.devices()[0].device_kind,
+        "commit": commit(),
         "date": datetime.date.today().isoformat(),
         "jax": jax.__version__,
     }

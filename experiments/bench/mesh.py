@@ -17,8 +17,9 @@ import tyro
 from experiments.bench import mesh_report
 from experiments.bench.children import Row, devices_of_host
 from experiments.bench.kernel_run import brief
-from experiments.bench.mesh_cases import Case, benchmark_run, cases, cluster_of, legal_meshes
+from experiments.bench.mesh_cases import Case, cases, cluster_of, legal_meshes
 from experiments.bench.mesh_run import compile_all, environment, measure_all
+from experiments.bench.train import benchmark_run
 from experiments.planning import targets
 from experiments.planning.compile import compile_setup
 from experiments.planning.setup import mesh_of, refusal
@@ -135,7 +136,7 @@ def chosen_cases(args: BenchMeshArgs, where: Cluster) -> list[Case]:
     found: list[Case] = []
     wanted = [mesh_of(words, where.devices) for words in args.mesh]
     for precision in args.precision:
-        run = benchmark_run(args.recipe, precision, args.remat)
+        run = benchmark_run(args.recipe, precision=precision, remat=args.remat)
         legal = legal_meshes(run, where.devices)
         if wanted:
             reasons = [reason for reason in (refusal(run, mesh) for mesh in wanted) if reason]
@@ -150,7 +151,7 @@ def chosen_cases(args: BenchMeshArgs, where: Cluster) -> list[Case]:
             processes=args.processes if all_ else (1,),
         )  # fmt: skip
     if args.small and args.recipe != SMALL:
-        run = benchmark_run(SMALL, "fp32", None)
+        run = benchmark_run(SMALL, precision="fp32")
         legal = legal_meshes(run, where.devices)
         found += cases(run, SMALL, where, [m for m in legal if not wanted or m in wanted],
                        micro_batches=(4,), steps=args.steps)  # fmt: skip

@@ -5,12 +5,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deepseek_jax.config import Precision, Run, Schedule
+from deepseek_jax.config import Run, Schedule
 from experiments.planning.budget import memory
 from experiments.planning.choose import prediction
 from experiments.planning.compile import words_of
 from experiments.planning.setup import Setup, mesh_name, meshes, setup
-from experiments.recipes import recipe
 from sharding.hardware import ACCELERATORS, Cluster
 from sharding.mesh import AXES
 
@@ -82,14 +81,6 @@ def cluster_of(kind: str, count: int) -> Cluster:
     raise ValueError(
         f"bench mesh predicts times and has no figures for {kind!r}: add it to "
         "sharding/hardware.py"
-    )
-
-
-def benchmark_run(name: str, precision: str, remat: str | None) -> Run:
-    """A recipe in a precision."""
-    run = recipe(name)(None)
-    return dataclasses.replace(
-        run, precision=Precision.of(precision), remat=remat or run.remat
     )
 
 

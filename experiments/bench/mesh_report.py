@@ -2,21 +2,18 @@
 
 import datetime
 import statistics
-import subprocess
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments.bench.kernel_report import verdict
+from experiments.bench.kernel_report import commit, verdict
 from experiments.bench.mesh_cases import GIB, Case
 from experiments.planning.measure import spearman
 from experiments.planning.setup import mesh_name
 from experiments.plots import new_figure, svg
 from experiments.tables import print_table
 
-ROOT = Path(__file__).resolve().parents[2]
 # Tokens/s of a device over those of one alone, at least: by precision and mesh.
 EFFICIENCY = {
     ("bf16", "data"): 0.92, ("bf16", "fsdp"): 0.92, ("bf16", "expert"): 0.85,
@@ -152,13 +149,7 @@ def ranked_rows(rows: Sequence[Row]) -> list[Row]:
 
 def origin(host: Mapping[str, Any]) -> Row:
     """Which cards, code and day the figures are of."""
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-        commit = done.stdout.strip() or None
-    except OSError:
-        commit = None
-    return {"card": f"{host['count']} x {host['kind']}", "commit": commit, "jax": host["jax"],
+    return {"card": f"{host['count']} x {host['kind']}", "commit": commit(), "jax": host["jax"],
             "date": datetime.date.today().isoformat()}  # fmt: skip
 
 

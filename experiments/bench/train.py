@@ -46,7 +46,8 @@ class BenchTrainArgs(MeshArgs):
 
 def bench_train(args: BenchTrainArgs) -> None:
     """Compiles the step, times it and prints one row."""
-    run = benchmark_run(args)
+    run = benchmark_run(args.recipe, precision=args.precision, remat=args.remat,
+                        batch=args.batch, mtp=args.mtp)
     devices = devices_of(args, run, batch=run.micro_batch)
     batch = random_batch(run)
     state = init_state(run, devices.mesh)
@@ -73,19 +74,24 @@ def bench_train(args: BenchTrainArgs) -> None:
                     title="one step by kernel")
 
 
-def benchmark_run(args: BenchTrainArgs) -> Run:
-    """The recipe's run with what the command line changes."""
-    run = recipe(args.recipe)(None)
-    if args.precision is not None:
-        run = dataclasses.replace(run, precision=Precision.of(args.precision))
-    if args.batch is not None:
-        run = dataclasses.replace(
-            run, micro_batch=args.batch, batch_size=Schedule.constant(args.batch)
-        )
-    if args.remat is not None:
-        run = dataclasses.replace(run, remat=args.remat)
-    if args.mtp is not None:
-        run = dataclasses.replace(run, config=dataclasses.replace(run.config, num_mtp=args.mtp))
+def benchmark_run(
+    name: str,
+    *,
+    precision: str | None = None,
+    remat: str | None = None,
+    batch: int | None = None,
+    mtp: int | None = None,
+) -> Run:
+    """A recipe's run with what is given changed."""
+    run = recipe(name)(None)
+    if precision is not None:
+        run = dataclasses.replace(run, precision=Precision.of(precision))
+    if batch is not None:
+        run = dataclasses.replace(run, micro_batch=batch, batch_size=Schedule.constant(batch))
+    if remat is not None:
+        run = dataclasses.replace(run, remat=remat)
+    if mtp is not None:
+        run = dataclasses.replace(run, config=dataclasses.replace(run.config, num_mtp=mtp))
     return run
 
 
