@@ -13,7 +13,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import tyro
 
-from deepseek_jax.config import ModelConfig, Precision, Run, Schedule
+from deepseek_jax.config import ModelConfig, Precision, Run
 from experiments.bench.pieces import (
     Curves,
     PieceArgs,
@@ -23,8 +23,9 @@ from experiments.bench.pieces import (
     loss_and_gap_axes,
     million_tokens,
     piece_row,
+    short_run,
 )
-from experiments.recipes import recipe, warmup_and_decay
+from experiments.recipes import recipe
 from experiments.tables import print_table, write_json
 
 MOST_GAP = 0.0025  # of the loss, as printed in the report
@@ -92,19 +93,7 @@ def loss_config() -> ModelConfig:
 
 def loss_run(steps: int | None = None) -> Run:
     """100 M tokens in steps of 64 K."""
-    steps, seq_len, batch = steps or 1526, 1024, 64
-    tokens = steps * seq_len * batch
-    return Run(
-        config=loss_config(),
-        steps=steps,
-        seq_len=seq_len,
-        micro_batch=batch,
-        batch_size=Schedule.constant(batch),
-        learning_rate=warmup_and_decay(1e-3, tokens=tokens, warmup=0.03 * tokens, final=1e-4),
-        precision=Precision.of("bf16"),
-        remat="paper",
-        fim_rate=0.0,
-    )
+    return short_run(loss_config(), steps or 1526, batch=64, warmup=0.03)
 
 
 def bench_fp8_loss(args: BenchFp8LossArgs) -> None:

@@ -20,13 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.config import Run
+from deepseek_jax.config import ModelConfig, Precision, Run, Schedule
 from deepseek_jax.counts import param_counts
 from deepseek_jax.training import TrainState, init_state
 from experiments.data import TokenShards, prefetch, prepare
 from experiments.data.batches import ValidationBatches
 from experiments.display import TrainingDisplay
 from experiments.eval import summed_loss, trained_model
+from experiments.recipes import warmup_and_decay
 from experiments.tables import write_json
 from experiments.train import CompiledSteps, batch_source, make_batch, plan_batches
 
@@ -67,6 +68,27 @@ class Trained:
     state: TrainState
     batch: dict[str, Any]  # the last one
     step_of: Callable[[Run], CompiledSteps]
+
+
+def short_run(config: ModelConfig, steps: int, *, batch: int, warmup: float) -> Run:
+    """BF16 on so many sequences of 1024 tokens a step.
+
+    Args:
+      warmup: the part of all tokens in which the learning rate rises.
+    """
+    seq_len = 1024
+    tokens = steps * seq_len * batch
+    return Run(
+        config=config,
+        steps=steps,
+        seq_len=seq_len,
+        micro_batch=batch,
+        batch_size=Schedule.constant(batch),
+        learning_rate=warmup_and_decay(1e-3, tokens=tokens, warmup=warmup * tokens, final=1e-4),
+        precision=Precision.of("bf16"),
+        remat="paper",
+        fim_rate=0.0,
+    )
 
 
 def nothing_more(piece: Any, trained: Trained) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from deepseek_jax.config import ModelConfig, Precision, Run, Schedule
+from deepseek_jax.config import ModelConfig, Run
 from deepseek_jax.residual import rounded
 from deepseek_jax.training import join
 from experiments.bench.kernel_report import provenance
@@ -29,8 +29,9 @@ from experiments.bench.pieces import (
     loss_and_gap_axes,
     million_tokens,
     piece_row,
+    short_run,
 )
-from experiments.recipes import recipe, warmup_and_decay
+from experiments.recipes import recipe
 from experiments.tables import print_table, write_json
 
 EXACT = "bf16"
@@ -99,20 +100,9 @@ def dense_config() -> ModelConfig:
 
 def dense_run(steps: int | None = None) -> Run:
     """6.6 M tokens in steps of 16 K."""
-    steps, seq_len, batch = steps or 400, 1024, 16
-    tokens = steps * seq_len * batch
-    return Run(
-        config=dense_config(),
-        steps=steps,
-        seq_len=seq_len,
-        micro_batch=batch,
-        batch_size=Schedule.constant(batch),
-        learning_rate=warmup_and_decay(1e-3, tokens=tokens, warmup=0.05 * tokens, final=1e-4),
-        # FP32 moments: the first of them shows a gradient as it is.
-        precision=replace(Precision.of("bf16"), moments="fp32"),
-        remat="paper",
-        fim_rate=0.0,
-    )
+    run = short_run(dense_config(), steps or 400, batch=16, warmup=0.05)
+    # FP32 moments: the first of them shows a gradient as it is.
+    return replace(run, precision=replace(run.precision, moments="fp32"))
 
 
 def bench_residual(args: BenchResidualArgs) -> None:

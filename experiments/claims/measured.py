@@ -8,7 +8,6 @@ from typing import Any
 import jax
 
 from experiments.bench import accumulation, logfmt, residual
-from experiments.bench.kernel_run import ratios
 from experiments.claims.claim import AT_MOST, BY_RULE, RESULTS, Claim, Tolerance, apart, between
 
 LOGFMT, ACCUMULATION, RESIDUAL = (
@@ -61,12 +60,11 @@ def loss_with_formats(*, order: Sequence[str]) -> dict[str, float]:
 
 def logfmt_overhead(*, copies: float) -> dict[str, float]:
     """% by which encoding and decoding take longer than copying the BF16 rows so often each."""
-    rows, found = recorded(LOGFMT)["rows"], {}
-    for bits in logfmt.BITS:
-        over = [ratios(rows, f"{way} {bits} bits", logfmt.MOVED) for way in ("encode", "decode")]
-        times = [(1 / over[0][shape] + 1 / over[1][shape]) / 2 for shape in over[0]]
-        found[f"{bits} bits"] = 100 * (max(times) / copies - 1)
-    return found
+    rows = recorded(LOGFMT)["rows"]
+    return {
+        f"{bits} bits": 100 * (max(logfmt.over_copies(rows, bits)) / copies - 1)
+        for bits in logfmt.BITS
+    }
 
 
 def card_error(*, sums: str) -> dict[str, float]:
