@@ -113,6 +113,11 @@ class ModelConfig:
         return self.num_layers - self.num_dense_layers
 
     @property
+    def num_expert_layers(self) -> int:
+        """Layers with experts, those of MTP modules too: they are as the last main layer is."""
+        return self.num_moe_layers + (self.num_mtp if self.num_moe_layers else 0)
+
+    @property
     def query_key_dim(self) -> int:
         """A: content and rotary part of a head."""
         return self.content_head_dim + self.rotary_head_dim

@@ -11,6 +11,13 @@ from pallas_kernels.mosaic import target
 MOST_ROWS = 64
 
 
+def letters(signature: str) -> tuple[str, str, str]:
+    """Of the two operands and the result of an einsum."""
+    operands, out = signature.split("->")
+    left, right = operands.split(",")
+    return left, right, out
+
+
 def packs_weights(left: str, out: str, x: jax.Array, weight: jax.Array) -> bool:
     """Whether the CPU's product of x [left] and a weight would copy the weight to pack it."""
     rows = math.prod(n for letter, n in zip(left, x.shape, strict=True) if letter in out)
@@ -26,7 +33,7 @@ def weight_first(signature: str, x: jax.Array, weight: jax.Array) -> jax.Array:
 
     The CPU's library packs right operands: half of the time where x has 16 rows.
     """
-    left, right, out = signature.replace("->", ",").split(",")
+    left, right, out = letters(signature)
     made = "".join(letter for letter in right if letter in out)
     made += "".join(letter for letter in left if letter in out and letter not in made)
     y = jnp.einsum(
@@ -43,7 +50,7 @@ def weight_first(signature: str, x: jax.Array, weight: jax.Array) -> jax.Array:
 
 def is_one_row(signature: str, x: jax.Array, weight: jax.Array) -> bool:
     """Whether x is one row, on a device that reads weights fastest in a sum, not a product."""
-    left, right, out = signature.replace("->", ",").split(",")
+    left, right, out = letters(signature)
     summed = "".join(letter for letter in right if letter not in out)
     rows = math.prod(n for letter, n in zip(left, x.shape, strict=True) if letter in out)
     whole = bool(summed) and right.endswith(summed) and left.endswith(summed)
@@ -52,7 +59,7 @@ def is_one_row(signature: str, x: jax.Array, weight: jax.Array) -> bool:
 
 def one_row(signature: str, x: jax.Array, weight: jax.Array) -> jax.Array:
     """einsum(signature, x, weight) of one row, in FP32: a product would pad and split weights."""
-    left, right, out = signature.replace("->", ",").split(",")
+    left, right, out = letters(signature)
     made = tuple(n for letter, n in zip(right, weight.shape, strict=True) if letter in out)
     x_K = x.reshape(-1).astype(jnp.float32)
     w_NK = weight.reshape(-1, x_K.size).astype(jnp.float32)

@@ -44,7 +44,7 @@ def _product_fwd(signature, x, weight):
 
 def _product_bwd(signature, residuals, g):
     x, weight = residuals
-    left, right, out = _letters(signature)
+    left, right, out = few_rows.letters(signature)
     dx = einsum(f"{out},{right}->{left}", g, weight.astype(x.dtype), x.dtype)
     dw = einsum(f"{out},{left}->{right}", g, x, weight.dtype)
     return dx, dw
@@ -53,17 +53,11 @@ def _product_bwd(signature, residuals, g):
 _product.defvjp(_product_fwd, _product_bwd)
 
 
-def _letters(signature: str) -> tuple[str, str, str]:
-    operands, out = signature.split("->")
-    left, right = operands.split(",")
-    return left, right, out
-
-
 def einsum(signature: str, a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """jnp.einsum with FP32 sums and a result in `dtype`; FP32 operands multiply as FP32."""
     if few_rows.is_one_row(signature, a, b):
         return few_rows.one_row(signature, a, b).astype(dtype)
-    if few_rows.packs_weights(*_letters(signature)[::2], a, b):
+    if few_rows.packs_weights(*few_rows.letters(signature)[::2], a, b):
         return few_rows.weight_first(signature, a, b).astype(dtype)
     # Without HIGHEST an FP32 product may run in TF32 on a GPU.
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
@@ -72,7 +66,7 @@ def einsum(signature: str, a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLi
 
 def _linear_fp8(signature: str, x: Quantized | E5M6, weight: QuantizedWeight) -> jax.Array:
     """The product on local shards, flattened to matrices [M, K] and [N, K]."""
-    _, outputs, contracted = fp8.sides(_letters(signature)[1])
+    _, outputs, contracted = fp8.sides(few_rows.letters(signature)[1])
     tokens, shape = x.x.shape[: -len(contracted)], weight.target.shape[: len(outputs)]
     padded_n, k = weight.blocks.codes.shape[0], weight.blocks.transposed.shape[0]
     target = weight.target.reshape(-1, k)

@@ -124,9 +124,9 @@ def read_placement(path: Path, config: ModelConfig, *, devices: int) -> tuple[tu
         raise ValueError(
             f"{path} must be a placement: `place RUN --devices {devices} --json {path}` writes one"
         ) from error
-    layers = config.num_moe_layers + config.num_mtp if config.num_moe_layers else 0
+    layers, experts = config.num_expert_layers, config.num_experts
     try:
-        check_placement(table_LP, layers=layers, experts=config.num_experts, devices=devices)
+        check_placement(table_LP, layers=layers, experts=experts, devices=devices)
     except ValueError as error:
         raise ValueError(f"--placement {path}: {error}") from None
     return tuple(tuple(row) for row in table_LP.tolist())

@@ -88,7 +88,7 @@ def argument_bytes(setup: Setup) -> int:
     """What a step is handed, exactly: state in its shards, biases and counters whole, tokens."""
     run, config = setup.run, setup.run.config
     state = parameter_bytes(run, setup.mesh) + optimizer_bytes(run, setup.mesh)
-    biases = 4 * config.num_experts * num_moe(setup) * config.has_routing_bias
+    biases = 4 * config.num_experts * config.num_expert_layers * config.has_routing_bias
     counters = 4 * (1 + 2 + 1 + 1)  # step, tokens in two words, skipped, skipped in a row
     tokens = 4 * setup.accumulation * setup.sequences * (run.seq_len + 1)
     return state + biases + counters + tokens
@@ -161,7 +161,7 @@ def step_work(setup: Setup) -> list[Work]:
         total = forward * times * setup.accumulation
         in_fp8 = fp8 and part not in ("attention core", "router", "head and loss")
         found.append(Work(part, 0.0 if in_fp8 else total, total if in_fp8 else 0.0))
-    layers, moe = config.num_layers + config.num_mtp, num_moe(setup)
+    layers, moe = config.num_layers + config.num_mtp, config.num_expert_layers
     rows = config.experts_per_token * (setup.scheme.room or 1.0)
     # Devices of the tensor axis share the sequence and hidden channels, but each has all rows.
     elements = layers * config.model_dim * PASSES / mesh["tensor"]
@@ -179,12 +179,6 @@ def step_work(setup: Setup) -> list[Work]:
     found.append(Work("weights and gradients",
                       bytes=setup.accumulation * (used * 3 * itemsize(setup) + state * 12)))
     return found
-
-
-def num_moe(setup: Setup) -> int:
-    """Layers with experts, those of MTP modules too."""
-    config = setup.run.config
-    return config.num_moe_layers + (config.num_mtp if config.num_moe_layers else 0)
 
 
 def block_bytes(setup: Setup) -> float:
@@ -285,7 +279,7 @@ def hop_rows(setup: Setup) -> list[tuple[str, tuple[int, int], int]]:
 def expert_transfers(setup: Setup) -> list[Transfer]:
     """Dispatch and combine, forward and backward; work that does not need them is not at hand."""
     config, size, remat = setup.run.config, itemsize(setup), setup.run.remat
-    moe = num_moe(setup)
+    moe = config.num_expert_layers
     times = setup.accumulation * moe
     # What is combined in an MTP module is computed again for the norm behind it.
     again = setup.accumulation * (moe - config.num_moe_layers) if remat != "none" else 0
