@@ -66,7 +66,7 @@ class Block(nnx.Module):
             reader[...], x_BTD, self.ffn_norm_D[...], eps, "BTD", power_of_two=is_moe
         )
         if is_moe:
-            y_BTD, load = self.ffn(normed_BTD, valid_BT)
+            y_BTD, load = self.ffn(normed_BTD, valid_BT, decoding=cache is not None)
         else:
             y_BTD, load = self.ffn(normed_BTD), None
         x_BTD = x_BTD + rounded(y_BTD, self.residual)

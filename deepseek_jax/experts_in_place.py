@@ -1,4 +1,4 @@
-"""The routed experts for few tokens: weights are read where they lie, no token is sent anywhere.
+"""The routed experts in decoding few tokens: weights are read where they lie, no token is sent.
 
 Laying few tokens out by expert costs more than their products. Either each choice reads the
 weights of its expert, and no others are read; or, where the choices are as many as the experts,

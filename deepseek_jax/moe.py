@@ -54,9 +54,16 @@ class MoE(nnx.Module):
             self.shared = FeedForward(config, config.shared_ffn_dim, rngs=rngs)
 
     def __call__(
-        self, x_BTD: Activation, valid_BT: Bool[Array, "B T"] | None = None
+        self,
+        x_BTD: Activation,
+        valid_BT: Bool[Array, "B T"] | None = None,
+        *,
+        decoding: bool = False,
     ) -> tuple[Float[Array, "B T D"], Load]:
-        """Returns the output and the load. Tokens that are not valid do not count in the load."""
+        """Returns the output and the load. Tokens that are not valid do not count in the load.
+
+        In decoding, the experts of few tokens are read where they lie.
+        """
         config = self.config
         score_BTE = scores(fp8.values(x_BTD), self.router_ED[...], config)
         bias_E = self.bias_E[...] if config.has_routing_bias else None
@@ -67,6 +74,7 @@ class MoE(nnx.Module):
             num_places=weights[2].shape[0],
             exchanged=is_split(expert_BTK, "BTK", "expert"),
             combine=self.combine,
+            decoding=decoding,
         )
         signature, operands = "BTD,BTK,BTK,EFD,EFD,EDF", (x_BTD, expert_BTK, weight_BTK, *weights)
         if self.place_EJ is not None:
@@ -183,6 +191,7 @@ def run_experts(
     num_places: int,
     exchanged: bool = True,
     combine: str = "bf16",
+    decoding: bool = False,
 ) -> tuple[Float[Array, "B T D"], Int[Array, ""]]:
     """sum_k weight_k FFN_k(x) of each token of a device; the weights are of its own experts.
 
@@ -192,11 +201,12 @@ def run_experts(
       place_EJ: the places of each expert, if they are not the experts themselves in order.
       exchanged: whether devices with other experts have other tokens.
       combine: the format in which results go back to the devices of their tokens.
+      decoding: whether few tokens read their experts where these lie; gradients want them sorted.
     """
     B, T, D = x_BTD.shape
     K, held = expert_BTK.shape[-1], w_gate_EFD.shape[0]
     quantized = fp8.is_quantized(w_down_EDF)
-    if held == num_places and place_EJ is None and not quantized:
+    if decoding and held == num_places and place_EJ is None and not quantized:
         if experts_in_place.suits(B * T, B * T * K, held):
             few = [leaf.reshape(B * T, -1) for leaf in (x_BTD, expert_BTK, weight_BTK)]
             y_TD = experts_in_place.ffn_in_place(*few, (w_gate_EFD, w_up_EFD, w_down_EDF))

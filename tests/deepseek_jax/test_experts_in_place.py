@@ -4,10 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+import deepseek_jax as ds
 from deepseek_jax import few_rows
+from deepseek_jax.decoding import decode
 from deepseek_jax.experts_in_place import ffn_in_place, suits
+from deepseek_jax.latent_cache import empty_cache
 from deepseek_jax.linear import linear
+from tests.configs import TINY
+from tests.deepseek_jax.program_calls import calls
 
 E, F, D, K = 6, 5, 7, 2
 
@@ -39,6 +45,23 @@ def test_few_tokens_get_what_their_experts_compute(tokens, relative_error):
 def test_many_tokens_are_dispatched():
     assert suits(1, 8, 256) and suits(16, 128, 256) and suits(16, 64, 32)
     assert not suits(65, 65 * 8, 256) and not suits(512, 4096, 64)
+
+
+def test_only_decoding_reads_experts_in_place_a_pass_without_a_cache_sorts_even_few_tokens():
+    model = nnx.eval_shape(lambda: ds.Model(TINY, rngs=nnx.Rngs(0)))
+
+    def cached(model, tokens_BT):
+        start_B = jnp.zeros((2,), jnp.int32)
+        return decode(model, tokens_BT, empty_cache(TINY, 2, 64, "fp32"), start_B)[0]
+
+    def sorts_choices(program, length):
+        made = jax.make_jaxpr(program)(model, jax.ShapeDtypeStruct((2, length), jnp.int32))
+        return any(call.name == "sort" for call in calls(made))
+
+    plain = lambda model, tokens_BT: model(tokens_BT)[0]
+    assert sorts_choices(plain, 1) and sorts_choices(plain, 4)
+    assert not sorts_choices(cached, 1) and not sorts_choices(cached, 4)
+    assert sorts_choices(cached, 33)  # 66 tokens
 
 
 @pytest.mark.parametrize("signature", ["BTD,FD->BTF", "BTNU,DNU->BTD", "BTQ,NAQ->BTNA"])
