@@ -142,10 +142,15 @@ def varying_axes(operand) -> tuple[str, ...]:
 
 def launch(body, *, name, interpret=None, approx_math=False, **kernel_args):
     """`plgpu.kernel` with the semantics our kernels are written for: one thread of control per
-    warpgroup, barriers placed by hand."""
+    warpgroup, barriers placed by hand.
+
+    Reductions over the warps of a warpgroup are refused: Mosaic has one buffer for them, in which
+    warpgroups would race.
+    """
     params = plgpu.CompilerParams(
         lowering_semantics=plgpu.LoweringSemantics.Lane,
         unsafe_no_auto_barriers=interpret is None,
+        reduction_scratch_bytes=0,
         approx_math=approx_math,
     )
     extra = {} if interpret is None else {"interpret": interpret}

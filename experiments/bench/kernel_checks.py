@@ -1,6 +1,7 @@
 """Checks of the FP8 kernels on the card: errors against float64, poison, odd shapes, repetition."""
 
 import functools
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from pallas_kernels.matmul_fp8 import hopper as dense_fp8
 from pallas_kernels.matmul_fp8 import matmul, weight_gradient
 from pallas_kernels.matmul_fp8 import tuned as dense_tiles
 from pallas_kernels.quantize_fp8 import (
+    Blocks,
     Tiles,
     quantize_blocks,
     quantize_tiles,
@@ -175,30 +177,35 @@ def quantize() -> Iterator[Verdict]:
             yield same_bits(f"{name}, {m} x {k}", form, operands, limit)
         differ = repeats(jax.jit(masked), x, counts)
         yield verdict(f"masked, {m} x {k}: runs that differ", differ, 0, most=True)
-    for dtype in (F32, BF16):
-        w = normal(2, 592, 1040, dtype=dtype)
-        blocks = lambda w, **options: cut(quantize_blocks(w, **options))
-        yield same_bits(f"blocks, {jnp.dtype(dtype).name}", blocks, (w,), 1e-5)
+    blocks = lambda w, **options: cut(quantize_blocks(w, **options))
+    # A tile for each block of threads, and several.
+    for shape, dtype in itertools.product(((2, 592, 1040), (4096, 2048)), (F32, BF16)):
+        w, name = normal(*shape, dtype=dtype), f"blocks, {shape} {jnp.dtype(dtype).name}"
+        yield same_bits(name, blocks, (w,), 1e-5)
+        yield verdict(f"{name}: runs that differ", repeats(jax.jit(blocks), w), 0, most=True)
 
 
-def cut(blocks: Any) -> tuple[jax.Array, ...]:
+def cut(blocks: Blocks) -> Blocks:
     """Without the ends of rows of scales, which mean nothing."""
     scale, other = blocks.scale, blocks.transposed_scale
-    return (
-        blocks.codes,
-        scale[..., : other.shape[-2]],
-        blocks.transposed,
-        other[..., : scale.shape[-2]],
+    return blocks._replace(
+        scale=scale[..., : other.shape[-2]], transposed_scale=other[..., : scale.shape[-2]]
     )
 
 
 def same_bits(name: str, form: Callable, operands: tuple, limit: float) -> Verdict:
-    found = jax.tree.leaves(poisoned(jax.jit(form), *operands))
+    """The largest share of elements that differ in an output; the bar names outputs beyond it."""
+    found = jax.tree_util.tree_leaves_with_path(poisoned(jax.jit(form), *operands))
     host = jax.device_put(operands, jax.devices("cpu")[0])
     reference = jax.jit(functools.partial(form, implementation="reference"))
     right = jax.tree.leaves(reference(*host))
-    share = max(different(one, other) for one, other in zip(found, right, strict=True))
-    return verdict(f"{name}: share of other bits", share, limit, most=True)
+    shares = {
+        jax.tree_util.keystr(path).lstrip("."): different(one, other)
+        for (path, one), other in zip(found, right, strict=True)
+    }
+    beyond = "".join(f", {path} {share:.3g}" for path, share in shares.items() if share > limit)
+    bar = f"{name}: share of other bits{beyond}"
+    return verdict(bar, max(shares.values()), limit, most=True)
 
 
 def error_and_repeats(

@@ -7,6 +7,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.mosaic.gpu.fragmented_array import Replicated, Tiling
 
 from pallas_kernels import mosaic
 from pallas_kernels.quantize_fp8.encode import (
@@ -22,6 +23,8 @@ from pallas_kernels.quantize_fp8.encode import (
 )
 
 WARPGROUPS = 2
+# 128 numbers in each warp, four to a lane: their maximum takes shuffles alone.
+IN_EACH_WARP = plgpu.Layout.TILED(Tiling(((TILE,), (4,))), (Replicated(4),), (-2,), -1)
 
 
 def blocks_of(dtype: jax.typing.DTypeLike) -> int:
@@ -69,13 +72,15 @@ def _body(w_gmem, code_gmem, scale_gmem, turned_gmem, turned_scale_gmem, *refs, 
 
     def step(i, _):
         group, row, column = place(i)
-        slot, turn = lax.rem(i, stages), lax.rem(i, 2)
+        slot = lax.rem(i, stages)
         plgpu.barrier_wait(full.at[slot])
         x = mosaic.load(w_smem.at[slot, own], WGMMA).astype(jnp.float32)
-        amax_smem[turn, warpgroup] = jnp.max(jnp.max(jnp.abs(x), axis=1), axis=0)
+        # By rows: for a maximum over warps Mosaic has one buffer, whichever warpgroup asks.
+        amax_smem[own] = jnp.max(jnp.abs(x), axis=1)
         meet()
         pl.when((warpgroup == 0) & (i + stages < count))(lambda: fetch(i + stages))
-        scale = scale_of(jnp.maximum(amax_smem[turn, 0], amax_smem[turn, 1]), power_of_two)
+        amax = jnp.max(mosaic.load(amax_smem, IN_EACH_WARP), axis=0)
+        scale = scale_of(amax, power_of_two)
         factor = 1 / scale if power_of_two else inverse(scale)
         codes = (x * factor).astype(F8)
         # All but the last copy of this warpgroup have read their buffers.
@@ -136,7 +141,7 @@ def quantize_blocks(
             square(F8),
             square(F16),
             plgpu.SMEM((64, 64), F16, transforms=mosaic.swizzled(64, F16)),
-            plgpu.SMEM((2, WARPGROUPS), jnp.float32),
+            plgpu.SMEM((TILE,), jnp.float32),
             plgpu.Barrier(num_arrivals=1, num_barriers=stages),
             plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=1),
         ],

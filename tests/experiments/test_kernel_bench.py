@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -21,6 +22,7 @@ from experiments.bench import (
 )
 from experiments.bench.kernel_data import F8, F32, random_array, weight_specs
 from experiments.bench.kernel_run import FAMILIES
+from pallas_kernels.quantize_fp8 import Tiles
 
 MODULES = {family: importlib.import_module(f"experiments.bench.{family}") for family in FAMILIES}
 CASES = [(family, case) for family, module in MODULES.items() for case in module.cases()]
@@ -51,6 +53,15 @@ def test_all_programs_lower_for_hopper(family):
 def test_checks_hold_for_the_reference(family):
     rows = list(getattr(kernel_checks, family)())
     assert len(rows) > 10 and [row for row in rows if not row["holds"]] == []
+
+
+def test_a_check_of_bits_names_the_outputs_that_differ():
+    def form(x, implementation=None):
+        return Tiles(x, x if implementation == "reference" else x.at[1:].add(1))
+
+    found = kernel_checks.same_bits("form", form, (jnp.zeros(4),), 0.1)
+    bar = "form: share of other bits, scale 0.75"
+    assert found == {"bar": bar, "found": 0.75, "limit": 0.1, "holds": False}
 
 
 def row(section, shape, kernel, us, tflops=1000.0):
