@@ -5,12 +5,14 @@ two, first between nodes and then inside one, then the sort by expert. A token i
 target of a hop, whatever number of its experts lives there, and on the way back its rows are
 summed before each hop.
 
-Both directions move pytrees of per-token arrays and know no format. They are each other's
-transpose, so forward and backward are gathers with indices known beforehand and all-to-alls:
-nothing is scattered with atomics, and results do not depend on the order in which devices run.
+Both directions move pytrees of per-token arrays and know no format: what a token consists of is
+sent as one row of 4-byte words. They are each other's transpose, so forward and backward are
+gathers with indices known beforehand and all-to-alls: nothing is scattered with atomics, and
+results do not depend on the order in which devices run.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -107,13 +109,16 @@ def plan_path(
         scope //= size
         tokens = ids_TK.shape[0]
         bound = tokens if room is None else min(tokens, math.ceil(room * even / size))
-        layout = plan_blocks(_first_of_each(jnp.where(ids_TK < 0, -1, ids_TK // scope)),
+        bound = _odd(bound) if hop.ragged else bound
+        layout = plan_blocks(_once_each(jnp.where(ids_TK < 0, -1, ids_TK // scope), size),
                              size, bound)
         if hop.ragged:
             layout = layout._replace(arriving_E=_all_to_all(layout.group_sizes_E, hop))
         layouts.append(layout)
         # Absent rows become 0, so experts are counted from 1 on the way.
         ids_TK = _forward(ids_TK + 1, (layout,), (hop,)) - 1
+        if hop.ragged:
+            ids_TK = jnp.where(_arrives(layout)[:, None], ids_TK, -1)
         ids_TK = _within(ids_TK, _place_in(hop), scope)
     most = ids_TK.shape[0] * min(ids_TK.shape[1], held)
     bound = most if room is None else min(most, math.ceil(room * even))
@@ -147,9 +152,12 @@ def _within(ids, block, size: int):
     return jnp.where((local >= 0) & (local < size), local, -1)
 
 
-def _first_of_each(ids_TK):
-    """-1 in place of what has occurred earlier in its row."""
+def _once_each(ids_TK, num_ids: int):
+    """The different ids of each row, in no more columns than can hold one; -1 in the others."""
     K = ids_TK.shape[1]
+    if num_ids < K:
+        ids_E = jnp.arange(num_ids, dtype=ids_TK.dtype)[None]
+        return jnp.where(jnp.any(ids_TK[:, :, None] == ids_E[None], axis=1), ids_E, -1)
     same = ids_TK[:, :, None] == ids_TK[:, None, :]
     return jnp.where(jnp.any(same & jnp.tri(K, K, -1, bool)[None], axis=-1), -1, ids_TK)
 
@@ -188,7 +196,9 @@ def _plan(group_TK, num_groups: int, M: int, offsets) -> Layout:
     group = jnp.where(group_TK < 0, num_groups, group_TK).reshape(T * K).astype(jnp.int32)
     order = jnp.argsort(group, stable=True).astype(jnp.int32)
     group = group[order]
-    bounds = jnp.searchsorted(group, jnp.arange(num_groups + 1, dtype=jnp.int32))
+    # Compared with all at once: a search step by step would be a loop of small kernels.
+    ids = jnp.arange(num_groups + 1, dtype=jnp.int32)
+    bounds = jnp.searchsorted(group, ids, method="compare_all")
     starts_E, sizes_E = bounds[:-1].astype(jnp.int32), jnp.diff(bounds).astype(jnp.int32)
     offset_E, limit_E = offsets(sizes_E)
     own = jnp.minimum(group, num_groups - 1)
@@ -216,6 +226,11 @@ def send(tree: Any, path: Path) -> Any:
     return _forward(tree, path.layouts, path.hops)
 
 
+def cross(tree: Any, path: Path) -> jax.Array:
+    """What `send` leaves to be sorted by expert: rows of 4-byte words after the last hop."""
+    return _cross([_words(leaf) for leaf in jax.tree.leaves(tree)], path.layouts, path.hops)
+
+
 def dispatch(x_TD: jax.Array, path: Path, wire: Wire = PLAIN) -> jax.Array:
     """Rows [M, D] of the tokens that chose this device's experts; padding rows are 0."""
     return _to_rows(path.hops, wire, x_TD, path.layouts)
@@ -234,69 +249,165 @@ def dispatch_choices(w_TK: jax.Array, path: Path) -> jax.Array:
 def combine(y_MD: jax.Array, path: Path, wire: Wire = PLAIN) -> jax.Array:
     """Sums each token's rows [M, D] to [T, D].
 
-    Sums are FP32, in the order of the choices, and rounded to y's dtype before each hop. The
-    gradient travels as dispatched tokens do.
+    Sums are FP32, in the order of the choices or of a hop's targets, and rounded to y's dtype
+    before each hop. The gradient travels as dispatched tokens do.
     """
     return _to_tokens(path.hops, wire, y_MD, path.layouts)
 
 
 def _forward(tree, layouts, hops):
-    """Gathers rows and exchanges them, layout by layout."""
-    for index, layout in enumerate(layouts):
-        tree = jax.tree.map(functools.partial(_gather_rows, layout=layout), tree)
-        if index < len(hops):
-            tree = jax.tree.map(_exchanger(hops[index], layout), tree)
-    return tree
+    """Sends the rows of all arrays together from hop to hop, and gathers them by what is left."""
+    leaves, structure = jax.tree.flatten(tree)
+    words = [_words(leaf) for leaf in leaves]
+    if hops:
+        crossed = _cross(words, layouts, hops)
+        widths = [part.shape[1] for part in words[:-1]]
+        words = jnp.split(crossed, list(itertools.accumulate(widths)), axis=1)
+    for layout in layouts[len(hops) :]:
+        words = [_gather_rows(part, layout) for part in words]
+    return structure.unflatten(_values(*each) for each in zip(words, leaves, strict=True))
+
+
+def _cross(words, layouts, hops):
+    """What a token consists of, side by side in a row of words, on the devices of its experts."""
+    for layout, hop in zip(layouts, hops, strict=False):
+        if hop.ragged and _is_written_by_peers(hop):
+            sent = _ragged_all_to_all(jnp.concatenate(words, axis=1), hop, layout, gather=True)
+        else:
+            # Gathered first: XLA then fuses both, and reads and writes 16 bytes at a time.
+            rows = jnp.concatenate([_gather_rows(part, layout) for part in words], axis=1)
+            sent = _exchange(rows, hop, layout)
+        words = [sent]
+    return words[0]
+
+
+def _words(x: jax.Array) -> jax.Array:
+    """Rows [T, ...] of any type as words of 4 bytes [T, W], with zeros up to a whole word.
+
+    A kernel of XLA's handles 4 elements at a time, whatever their size: 16 bytes this way.
+    """
+    rows, size = x.reshape(x.shape[0], -1), x.dtype.itemsize
+    rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % (4 // size))))
+    if size < 4:
+        rows = rows.reshape(rows.shape[0], -1, 4 // size)
+    return jax.lax.bitcast_convert_type(rows, jnp.uint32)
+
+
+def _values(words: jax.Array, like: jax.Array) -> jax.Array:
+    """The inverse of `_words`, for rows of the type and shape of those of `like`."""
+    rows = jax.lax.bitcast_convert_type(words, like.dtype).reshape(words.shape[0], -1)
+    return rows[:, : math.prod(like.shape[1:])].reshape(-1, *like.shape[1:])
 
 
 def _backward(y_MD, layouts, hops):
     """Exchanges rows back and sums them, layout by layout."""
     for index in reversed(range(len(layouts))):
+        layout = layouts[index]
         if index < len(hops):
             hop = hops[index]
-            y_MD = hop.results(y_MD, _exchanger(hop, layouts[index], back=True))
-        y_MD = _gather_sum(y_MD, layouts[index].row_TK)
+            back = functools.partial(_exchange, hop=hop, layout=layout, back=True)
+            y_MD = hop.results(y_MD, back)
+        y_MD = _gather_sum(y_MD, layout.row_TK)
     return y_MD
 
 
-def _exchanger(hop: Hop, layout: Layout, *, back: bool = False) -> Callable:
-    """The exchange of arrays laid out for a hop, there or back."""
-    if not hop.ragged:
-        return functools.partial(_all_to_all, hop=hop)
-    sizes = layout.group_sizes_E, layout.arriving_E
-    sent_G, arriving_G = reversed(sizes) if back else sizes
-    return lambda x: _ragged_all_to_all(x, hop, sent_G, arriving_G)
-
-
-def _ragged_all_to_all(x, hop: Hop, sent_G, arriving_G):
-    """Of a block of rows for each device of the group, those that hold something go there."""
-    block = x.shape[0] // len(hop.groups[0])
-    starts_G = jnp.arange(len(hop.groups[0]), dtype=jnp.int32) * block
-    empty = jnp.where(jnp.zeros(x.shape, bool), x, jnp.zeros((), x.dtype))
-    own_G = jnp.full_like(starts_G, block) * _place_in(hop)
-    return jax.lax.ragged_all_to_all(
-        x, empty, starts_G, sent_G, own_G, arriving_G, axis_name=AXIS,
-        axis_index_groups=hop.groups,
-    )
+def _exchange(x: jax.Array, hop: Hop, layout: Layout, *, back: bool = False) -> jax.Array:
+    """The exchange of an array laid out for a hop, there or back."""
+    if hop.ragged:
+        return _ragged_all_to_all(x, hop, layout, back=back)
+    return _all_to_all(x, hop)
 
 
 def _all_to_all(x, hop: Hop):
     return jax.lax.all_to_all(x, AXIS, 0, 0, axis_index_groups=hop.groups, tiled=True)
 
 
-def _gather_rows(x, layout: Layout):
-    token_M = layout.slot_M // layout.row_TK.shape[1]
-    real_M = (layout.slot_M >= 0).reshape(-1, *(1,) * (x.ndim - 1))
-    return jnp.where(real_M, x[jnp.maximum(token_M, 0)], jnp.zeros((), x.dtype))
+def _ragged_all_to_all(x, hop: Hop, layout: Layout, *, back: bool = False, gather: bool = False):
+    """Of a block of rows for each device of the group, those that hold something go there.
+
+    What the others are where they would arrive is not said.
+
+    Args:
+      gather: x are tokens, in the order of which rows are not laid out yet.
+    """
+    targets = len(hop.groups[0])
+    block = layout.slot_M.shape[0] // targets
+    sent_G, arriving_G = layout.group_sizes_E, layout.arriving_E
+    if back:
+        sent_G, arriving_G = arriving_G, sent_G
+    start_G = jnp.arange(targets, dtype=jnp.int32) * block
+    place_G = jnp.full_like(start_G, block) * _place_in(hop)
+    updates = (start_G, sent_G, place_G, arriving_G)
+    if _is_written_by_peers(hop):
+        # Each row is an update.
+        row_1M = jnp.arange(block, dtype=jnp.int32)[None]
+        offsets = lambda first_G: (first_G[:, None] + row_1M).reshape(-1)
+        sizes = lambda size_G: (row_1M < size_G[:, None]).astype(jnp.int32).reshape(-1)
+        start_M = jnp.maximum(_token_M(layout), 0) if gather else offsets(start_G)
+        updates = (start_M, sizes(sent_G), offsets(place_G), sizes(arriving_G))
+    return jax.lax.ragged_all_to_all(
+        x, _empty((targets * block, *x.shape[1:]), x), *updates, axis_name=AXIS,
+        axis_index_groups=hop.groups,
+    )  # fmt: skip
+
+
+def _is_written_by_peers(hop: Hop) -> bool:
+    """Whether XLA has a kernel that writes rows into the memory of the other devices.
+
+    It does for up to 8 GPUs of one process. A block of threads copies an update, so that updates
+    must be many: with one for each device 2 GPUs were seen to send 2.9 GB/s. Each row is one
+    instead, and tokens go straight from where they lie. Elsewhere every update is a message.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    on_gpu = device is not None and device.platform == "gpu"
+    return on_gpu and len(hop.groups[0]) <= 8 and jax.process_count() == 1
+
+
+def _odd(rows: int) -> int:
+    """At least so many rows, and an odd number, times a power of two beyond 65,535.
+
+    XLA's kernel halves the number of updates while it is even, and the blocks that halves leave
+    share the updates of each other, one after the other. It has 65,535 blocks for a device.
+    """
+    twos = 1
+    while rows > 65_535 * twos:
+        twos *= 2
+    return (-(-rows // twos) | 1) * twos
+
+
+def _empty(shape: tuple[int, ...], like: jax.Array) -> jax.Array:
+    """An array that holds anything, of the type of another and varying over the same axes."""
+    x, axes = jax.lax.empty(shape, like.dtype), jax.typeof(like).manual_axis_type.varying
+    return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
+
+
+def _arrives(layout: Layout):
+    """Which rows of a hop hold something where they arrive."""
+    targets = layout.arriving_E.shape[0]
+    row_1M = jnp.arange(layout.slot_M.shape[0] // targets, dtype=jnp.int32)[None]
+    return (row_1M < layout.arriving_E[:, None]).reshape(-1)
+
+
+def _token_M(layout: Layout):
+    """The token of each row; below 0 where there is none."""
+    return layout.slot_M // layout.row_TK.shape[1]
+
+
+def _gather_rows(x_TW, layout: Layout):
+    real_M1 = (layout.slot_M >= 0)[:, None]
+    rows_MW = x_TW[jnp.maximum(_token_M(layout), 0)]
+    return jnp.where(real_M1, rows_MW, jnp.zeros((), x_TW.dtype))
 
 
 def _gather_sum(y_MD, row_TK):
-    rows = lambda row_T: jnp.where(
-        (row_T >= 0)[:, None], y_MD[jnp.maximum(row_T, 0)].astype(jnp.float32), 0.0
+    # Once for all columns: XLA would make a kernel for each.
+    real_TK = jax.lax.optimization_barrier(row_TK >= 0)
+    rows = lambda k: jnp.where(
+        real_TK[:, k, None], y_MD[jnp.maximum(row_TK[:, k], 0)].astype(jnp.float32), 0.0
     )
-    total = rows(row_TK[:, 0])
+    total = rows(0)
     for k in range(1, row_TK.shape[1]):
-        total = total + rows(row_TK[:, k])
+        total = total + rows(k)
     return total.astype(y_MD.dtype)
 
 

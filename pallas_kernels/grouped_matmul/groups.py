@@ -21,7 +21,9 @@ def group_of_block(
     """Group of each block of `block` (or `alignment`) rows; G for the unused blocks at the end."""
     ends_G = jnp.cumsum(padded_sizes(group_sizes_G, alignment), dtype=jnp.int32)
     first_row = jnp.arange(num_blocks, dtype=jnp.int32) * (block or alignment)
-    return jnp.searchsorted(ends_G, first_row, side="right").astype(jnp.int32)
+    # A search step by step would be a loop of small kernels.
+    found = jnp.searchsorted(ends_G, first_row, side="right", method="compare_all")
+    return found.astype(jnp.int32)
 
 
 def is_real_row(
