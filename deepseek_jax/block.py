@@ -17,11 +17,12 @@ from deepseek_jax.residual import rounded
 from pallas_kernels.mosaic import target
 
 # What the backward pass keeps of a block beside its input; the rest is computed again.
-# paper: RMSNorms, MLA's up-projections and SwiGLU outputs are recomputed (V3 report, 3.2.3).
+# paper: RMSNorms, MLA's up-projections and SwiGLU outputs are recomputed (V3 report, 3.2.3). Who is
+# routed where is a few integers a token, and takes many small kernels to find.
 REMAT: dict[str, Callable | None] = {
     "none": None,
     "paper": jax.checkpoint_policies.save_only_these_names(
-        "latent", "attention", "expert_input", "ffn_hidden"
+        "latent", "attention", "route", "expert_input", "ffn_hidden"
     ),
     "attention": jax.checkpoint_policies.save_only_these_names("attention"),
     "full": jax.checkpoint_policies.nothing_saveable,

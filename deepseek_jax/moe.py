@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from deepseek_jax import experts_in_place, fp8
@@ -119,6 +120,7 @@ def route(
     if config.groups_per_token < config.num_groups:
         biased_BTE = limit_groups(biased_BTE, config)
     _, expert_BTK = jax.lax.top_k(biased_BTE, config.experts_per_token)
+    expert_BTK = checkpoint_name(expert_BTK, "route")
     weight_BTK = jnp.take_along_axis(score_BTE, expert_BTK, axis=-1)
     if config.normalize_weights:
         weight_BTK = weight_BTK / (jnp.sum(weight_BTK, axis=-1, keepdims=True) + 1e-20)
@@ -174,7 +176,7 @@ def sequence_loss(score_BTE, config: ModelConfig, valid_BT) -> Float[Array, ""]:
     counts_BE = jnp.sum(jnp.where(chosen(best_BTK, E), valid[..., None], 0.0), axis=1)
     share_BTE = score_BTE / jnp.sum(score_BTE, axis=-1, keepdims=True)
     P_BE = jnp.sum(share_BTE * valid[..., None], axis=1) / length_B
-    f_BE = counts_BE * (E / K) / length_B
+    f_BE = checkpoint_name(counts_BE * (E / K) / length_B, "route")
     return jnp.mean(jnp.sum(f_BE * P_BE, axis=-1))
 
 
@@ -224,6 +226,7 @@ def run_experts(
         exchanged=exchanged,
         results=results_format(combine),
     )
+    path = path._replace(layouts=checkpoint_name(path.layouts, "route"))
     x_TD = jax.tree.map(lambda leaf: leaf.reshape(B * T, leaf.shape[-1]), x_BTD)
     x_MD = to_rows(x_TD, path)
     weight_M = dispatch_choices(weight_BTK.reshape(B * T, K), path)
