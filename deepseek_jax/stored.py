@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.fp8 import KEPT, TILE, sides
+from pallas_kernels.quantize_fp8.reference import to_fp8
 
 # Matrices of the model that released FP8 checkpoints keep in BF16.
 IN_BF16 = (*KEPT, "w_join_DZ")
@@ -67,6 +68,6 @@ def store(master: jax.Array, letters: str, dtype: Any) -> StoredWeight:
     pad = ((0, 0),) * len(head) + ((0, -rows % TILE), (0, -columns % TILE))
     tiles = jnp.pad(flat, pad).reshape(*head, -(-rows // TILE), TILE, -(-columns // TILE), TILE)
     scale = jnp.maximum(jnp.max(jnp.abs(tiles), axis=(-3, -1)), 1e-4) / 448.0
-    codes = (tiles / scale[..., :, None, :, None]).astype(jnp.float8_e4m3fn)
+    codes = to_fp8(tiles / scale[..., :, None, :, None])
     codes = codes.reshape(*head, pad[-2][1] + rows, pad[-1][1] + columns)[..., :rows, :columns]
     return StoredWeight(codes.reshape(master.shape), scale, letters, dtype)

@@ -28,7 +28,27 @@ def amax_of(x: Float[Array, "..."], axis) -> Float[Array, "..."]:
 
 def encode(x: Float[Array, "..."], scale: Float[Array, "..."]) -> Float[Array, "..."]:
     """round(x / scale) to E4M3, saturating: a plain cast gives NaN above 464."""
-    return jnp.clip(x * (1 / scale), -F8_MAX, F8_MAX).astype(F8)
+    return to_fp8(x * (1 / scale))
+
+
+def to_fp8(x: Float[Array, "..."], dtype: jax.typing.DTypeLike = F8) -> Float[Array, "..."]:
+    """FP32 values to the nearest FP8 numbers, ties to even; saturating, and NaN stays NaN.
+
+    The rounding is arithmetic, and the cast after it exact: of two casts, to fewer bits and back,
+    XLA on GPUs leaves out both, as it may be more precise than it is asked to be.
+    """
+    info = jnp.finfo(dtype)
+    normal = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=info.nmant)
+    # Below the normal numbers the step stays the same, a power of two.
+    step = float(info.smallest_subnormal)
+    subnormal = jnp.round(x * (1 / step)) * step
+    rounded = jnp.where(jnp.abs(x) < float(info.smallest_normal), subnormal, normal)
+    return jnp.clip(rounded, -float(info.max), float(info.max)).astype(dtype)
+
+
+def to_bf16(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """FP32 values to the nearest BF16 numbers, whatever is left out, as to_fp8 does."""
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7).astype(jnp.bfloat16)
 
 
 def pad(x, multiples):
@@ -82,7 +102,7 @@ def rms_norm(x_MK, gain_K, epsilon: float) -> Float[Array, "M K"]:
     """x / sqrt(mean(x^2) + epsilon) * gain in FP32, rounded to BF16."""
     x = x_MK.astype(jnp.float32)
     factor_M1 = jax.lax.rsqrt(jnp.square(x).mean(axis=1, keepdims=True) + epsilon)
-    return (x * factor_M1 * gain_K.astype(jnp.float32)[None]).astype(jnp.bfloat16)
+    return to_bf16(x * factor_M1 * gain_K.astype(jnp.float32)[None])
 
 
 def swiglu(gate_MK, up_MK, weight_M=None) -> Float[Array, "M K"]:
@@ -90,7 +110,7 @@ def swiglu(gate_MK, up_MK, weight_M=None) -> Float[Array, "M K"]:
     product = jax.nn.silu(gate_MK.astype(jnp.float32)) * up_MK.astype(jnp.float32)
     if weight_M is not None:
         product = product * weight_M.astype(jnp.float32)[:, None]
-    return product.astype(jnp.bfloat16)
+    return to_bf16(product)
 
 
 def swiglu_gradient(gate_MK, up_MK, dy_MK, weight_M=None):
@@ -108,5 +128,4 @@ def swiglu_gradient(gate_MK, up_MK, dy_MK, weight_M=None):
         weight_M = weight_M.astype(jnp.float32)
     product_MK, backward = jax.vjp(product, gate_MK, up_MK, weight_M)
     dgate_MK, dup_MK, dweight_M = backward(dy_MK)
-    rounded = (x.astype(jnp.bfloat16) for x in (dgate_MK, dup_MK, product_MK))
-    return (*rounded, dweight_M)
+    return (*map(to_bf16, (dgate_MK, dup_MK, product_MK)), dweight_M)

@@ -15,6 +15,7 @@ from deepseek_jax.residual import rounded
 from deepseek_jax.training import join, split
 from pallas_kernels.logfmt import decode_logfmt, encode_logfmt
 from tests.configs import WIDE, make_run
+from tests.pallas_kernels.lowering import optimized_for_cuda
 
 
 def drawn():
@@ -30,12 +31,18 @@ def test_fp8_is_scaled_by_the_largest_of_a_tile(form):
     x = np.pad(np.asarray(x_BTD, np.float32), ((0, 0), (0, 0), (0, 56))).reshape(3, 4, 2, 128)
     dtype = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}[form]
     largest = np.abs(x).max(-1, keepdims=True)
-    scale = np.where(largest > 0, largest, 1) / np.float32(ml_dtypes.finfo(dtype).max)
+    scale = np.where(largest > 0, largest, 1) * np.float32(1 / float(ml_dtypes.finfo(dtype).max))
     right = ((x / scale).astype(dtype).astype(np.float32) * scale).reshape(3, 4, 256)[..., :200]
-    found, x = np.asarray(rounded(x_BTD, form), np.float32), x.reshape(3, 4, 256)[..., :200]
-    # A processor may convert by way of FP16, which moves ties; the result is in BF16.
-    assert (np.abs(found - x) <= np.abs(right - x) + 2.0**-8 * np.abs(x)).all()
-    assert (found == right.astype(ml_dtypes.bfloat16).astype(np.float32)).mean() > 0.95
+    found = np.asarray(jax.jit(rounded, static_argnums=1)(x_BTD, form), np.float32)
+    np.testing.assert_array_equal(found, right.astype(ml_dtypes.bfloat16).astype(np.float32))
+
+
+@pytest.mark.parametrize("form", ["e4m3", "e5m2"])
+def test_the_compiler_for_cuda_keeps_the_rounding(form):
+    x_BTD = jax.ShapeDtypeStruct((3, 4, 200), jnp.bfloat16)
+    program = optimized_for_cuda(lambda x_BTD: rounded(x_BTD, form), x_BTD)
+    # Of normal numbers, and of those below.
+    assert "reduce-precision(" in program and "round-nearest-even(" in program
 
 
 @pytest.mark.parametrize("n", [8, 10])

@@ -1,6 +1,10 @@
 """Programs for a Hopper GPU made on a machine without one."""
 
 import jax
+import pytest
+
+from experiments.planning import targets
+from sharding.hardware import cluster
 
 HOPPER = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
 TPU = jax.sharding.AbstractDevice(device_kind="TPU v5p", num_cores=2, platform="tpu")
@@ -29,3 +33,13 @@ def program(function, *shapes) -> str:
 def kernels_in(text: str) -> int:
     """Number of Mosaic GPU kernels in a program."""
     return text.count("@mosaic_gpu_v2")
+
+
+def optimized_for_cuda(function, *shapes) -> str:
+    """The program that XLA's compiler for CUDA makes, which needs no GPU; skips without it."""
+    reason = targets.missing("gpu")
+    if reason is not None:
+        pytest.skip(reason)
+    here = jax.sharding.SingleDeviceSharding(targets.devices(cluster("h200x1"), "gpu")[0])
+    jitted = jax.jit(function, in_shardings=here, out_shardings=here)
+    return jitted.lower(*shapes).compile().as_text()
