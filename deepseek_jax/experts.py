@@ -45,6 +45,7 @@ def expert_ffn(
 def to_rows(x_TD: jax.Array | Quantized, path: Path) -> jax.Array | Quantized:
     """Tokens to the rows of their experts; quantised ones travel as codes and scales."""
     if isinstance(x_TD, Quantized):
+        assert x_TD.power_of_two, "of scales only exponents travel"
         x_MD, *codes = _send_codes(path.hops, x_TD.x, x_TD.codes, x_TD.scale, path.layouts)
         codes, scale = fp8.kept_as("expert_input", *codes)
         return dataclasses.replace(x_TD, x=x_MD, codes=codes, scale=scale)
@@ -53,7 +54,8 @@ def to_rows(x_TD: jax.Array | Quantized, path: Path) -> jax.Array | Quantized:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _send_codes(hops, x_TD, codes, scale, layouts):
-    codes, scale = send((codes, scale), Path(layouts, hops))
+    sent = send((codes, fp8.scales_to_words(scale)), Path(layouts, hops))
+    codes, scale = sent[0], fp8.words_to_scales(sent[1], scale.shape[-1])
     # No product reads the values; the gradient of the rows belongs to them.
     return fp8.decode_tiles(codes, scale, x_TD.shape[-1]), codes, scale
 
@@ -88,9 +90,20 @@ def to_tokens(y_MD: Float[Array, "M D"], path: Path, w_down: Weight) -> Float[Ar
     if not isinstance(w_down, QuantizedWeight):
         return combine(y_MD, path)
 
-    def encode(g_TD):
-        tiles = quantize_tiles(g_TD, power_of_two=True, implementation=w_down.implementation)
-        return fp8.per_token(tiles, g_TD.shape[:1])
+    return combine(y_MD, path, fp8_wire(y_MD.shape[-1], w_down.implementation))
 
-    decode = lambda sent: fp8.decode_tiles(*sent, y_MD.shape[-1])
-    return combine(y_MD, path, Wire(encode, decode))
+
+def fp8_wire(width: int, implementation: str | None = None) -> Wire:
+    """BF16 values as codes and exponents of their scales."""
+
+    def encode(x_TD):
+        tiles = quantize_tiles(x_TD, power_of_two=True, implementation=implementation)
+        codes, scale = fp8.per_token(tiles, x_TD.shape[:1])
+        return codes, fp8.scales_to_words(scale)
+
+    def decode(sent):
+        codes, words = sent
+        scale = fp8.words_to_scales(words, codes.shape[-1] // fp8.TILE)
+        return fp8.decode_tiles(codes, scale, width)
+
+    return Wire(encode, decode)

@@ -302,6 +302,25 @@ def decode_tiles(codes: jax.Array, scale: jax.Array, width: int) -> jax.Array:
     return (blocks * scale[..., None]).reshape(codes.shape)[..., :width].astype(jnp.bfloat16)
 
 
+def scales_to_words(scale: jax.Array) -> jax.Array:
+    """Scales [..., k] of powers of two as they travel: bytes of their exponents, 4 in a word.
+
+    Zeros make the words of a token a multiple of 16 bytes.
+    """
+    exponents = jax.lax.bitcast_convert_type(scale, jnp.uint32) >> 23
+    exponents = jnp.pad(exponents, [(0, 0)] * (scale.ndim - 1) + [(0, -scale.shape[-1] % 16)])
+    first, second, third, fourth = (exponents[..., place::4] for place in range(4))
+    return first | second << 8 | third << 16 | fourth << 24
+
+
+def words_to_scales(words: jax.Array, count: int) -> jax.Array:
+    """The inverse of `scales_to_words` for `count` scales; what was no number is NaN."""
+    shifts = jnp.arange(0, 32, 8, dtype=jnp.uint32).reshape(*[1] * words.ndim, 4)
+    exponents = (words[..., None] >> shifts & 255).reshape(*words.shape[:-1], -1)[..., :count]
+    scale = jax.lax.bitcast_convert_type(exponents << 23, jnp.float32)
+    return jnp.where(exponents == 255, jnp.nan, scale)
+
+
 # Letters of the arrays inside, for functions that run on local shards.
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax import fp8
+from deepseek_jax.experts import fp8_wire
 from experiments.bench.children import answer
 from experiments.bench.kernel_run import brief
 from pallas_kernels.quantize_fp8 import quantize_tiles
@@ -24,9 +25,9 @@ from sharding.expert_parallel import (
     PLAIN,
     Hop,
     Layout,
-    Wire,
     axis_hops,
     combine,
+    cross,
     dispatch,
     plan_path,
     send,
@@ -121,7 +122,8 @@ def directions(
     """What can be timed.
 
     `dispatch` and `combine` go between devices; `to experts` and `from experts` also sort rows by
-    expert, and add them up. Backward each does what the other does, with cotangents.
+    expert, and add them up. Backward each does what the other does, with cotangents. Codes and
+    scales are there before: the layers that feed the experts quantise.
     """
     n, T, D = mesh.shape[AXIS], case["tokens"], case["width"]
     hops = tuple(hop._replace(ragged=case["ragged"]) for hop in axis_hops(n, case["nodes"]))
@@ -129,20 +131,23 @@ def directions(
     travelling = [
         rows * (part if case["ragged"] else 1.0) for rows, part in zip(slots, filled, strict=False)
     ]
-    plain, coded = (each * sum(travelling) for each in (2 * D, D + 4 * D // TILE))
     quantized = case["wire"] == "fp8"
-    wire = Wire(encode, lambda sent: fp8.decode_tiles(*sent, D)) if quantized else PLAIN
-    there = over(hops, send if quantized else dispatch)
+    wire = fp8_wire(D) if quantized else PLAIN
+    as_sent, received = (to_words, to_scales) if quantized else (same, same)
     values = lambda rows: lambda: random_values(rows, D, mesh)
     tokens = (lambda: codes_of(values(T)(), mesh)) if quantized else values(T)
-    sent = coded if quantized else plain
+    leaves = jax.tree.leaves(jax.eval_shape(lambda: as_sent(tokens())))
+    row = sum(leaf.dtype.itemsize * leaf.shape[1] for leaf in leaves)
+    sent, plain = (each * sum(travelling) for each in (row, 2 * D))
+    across = over(hops, lambda x, route: cross(as_sent(x), route))
+    there = over(hops, lambda x, route: received(send(as_sent(x), route)))
     back = over(hops, lambda y, route: combine(y, route, wire))
     # The forward pass is not run: its results are not asked for.
     gradient = lambda function, rows: lambda g, layouts: jax.vjp(
         lambda x: function(x, layouts), jnp.zeros((rows, D), g.dtype)
     )[1](g)[0]
     return {
-        "dispatch": Direction(there(False), tokens, sent),
+        "dispatch": Direction(across(False), tokens, sent),
         "combine": Direction(back(False), values(slots[-2]), plain),
         "to experts": Direction(there(True), tokens, sent),
         "from experts": Direction(back(True), values(slots[-1]), plain),
@@ -160,13 +165,26 @@ def over(hops: tuple[Hop, ...], function: Callable) -> Callable:
     )
 
 
-def encode(x_TD):
-    """Codes and scales of a power of two for each 128 values, as FP8 tokens travel."""
-    return fp8.per_token(quantize_tiles(x_TD, power_of_two=True), x_TD.shape[:1])
-
-
 def codes_of(x_TD: jax.Array, mesh) -> Any:
+    """Codes, and scales of a power of two for each 128 values."""
+    encode = lambda x_TD: fp8.per_token(quantize_tiles(x_TD, power_of_two=True), x_TD.shape[:1])
     return jax.jit(on_devices(encode, mesh, Scheme()))(x_TD)
+
+
+def same(x):
+    return x
+
+
+def to_words(tokens):
+    """Codes and scales as they travel."""
+    codes, scale = tokens
+    return codes, fp8.scales_to_words(scale)
+
+
+def to_scales(rows):
+    """The inverse."""
+    codes, words = rows
+    return codes, fp8.words_to_scales(words, codes.shape[-1] // TILE)
 
 
 def random_values(rows: int, width: int, mesh) -> jax.Array:
