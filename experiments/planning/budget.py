@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from deepseek_jax.fp8 import falls_on_blocks
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.fp8 import TILE, falls_on_blocks
 from deepseek_jax.linear import DTYPES
+from deepseek_jax.loss import CHUNK_ELEMENTS
 from deepseek_jax.moe import row_alignment
 from experiments.planning.setup import Setup
 from experiments.planning.weights import (
@@ -36,9 +38,14 @@ AGAIN = {
     "full": {"attention": 1.0, "attention core": 1.0, "router": 1.0, "dense layers": 2 / 3,
              "routed experts": 2 / 3, "shared experts": 2 / 3},
 }  # fmt: skip
-# Elements of the model's width that norms, residuals, casts and copies of a layer read and write
-# for each token, forward and backward together.
-PASSES = 60
+# Elements read and written outside of products, forward and backward together. All counts of passes
+# here and below are read off the peer-sized step as compiled for an H200 (jax 0.11.2), whose bytes
+# they give within 10 % in BF16 and FP8, with micro-batches of 1 and 4 (test_budget.py).
+NORM_PASSES = 20  # over the widths of the norms: they, residual sums, casts, copies
+FFN_PASSES = 9  # over hidden channels, and over the width of experts' rows
+CODES = 1.2  # in FP8 these are more: values are read to be quantised and codes written beside them
+# Over what a layer of a stack keeps: zeros first, then its slice is written, then read backward.
+STACK_PASSES = 3
 BACKWARD_OVER_FORWARD = 2.0
 
 
@@ -63,23 +70,30 @@ def itemsize(setup: Setup) -> int:
 
 def memory(setup: Setup) -> Memory:
     """The state exactly; activations and what a layer needs while it runs as estimates."""
-    run, mesh = setup.run, setup.mesh
+    run, mesh, config = setup.run, setup.mesh, setup.run.config
     stored = parameter_bytes(run, mesh)
     # While micro-batches are added up there is a sum beside the gradient of the next.
     gradients = stored * (2 if setup.accumulation > 1 else 1)
-    layers = run.config.num_layers + run.config.num_mtp
-    kept = setup.tokens * layers * kept_bytes(setup, run.remat)
-    held = weights(run.config, mesh)
-    # Weights of two layers, one of them on its way, and the FP32 gradients of the largest two.
+    stacked, layers = stacked_layers(config), config.num_layers + config.num_mtp
+    kept = stacked * kept_bytes(setup, run.remat)
+    alone = values_bytes(setup) if run.remat == "none" else kept_bytes(setup, run.remat)
+    kept = setup.tokens * (kept + (layers - stacked) * alone)
+    held = weights(config, mesh)
     layer = [w for w in held if w.name.startswith("moe.")]
     whole = sorted(w.size / w.layers / shards(w.computed, mesh) for w in layer)
-    at_work = 2 * sum(whole) * itemsize(setup) + 4 * sum(whole[-2:])
+    at_work = sum(whole) * itemsize(setup)
+    if any(w.gathered for w in layer):
+        # A second layer is on its way, and FP32 gradients of the largest two weights.
+        at_work += at_work + 4 * sum(whole[-2:])
+    elif is_fp8(setup):
+        at_work = 0.0
     # Embedding or head whole in FP32, and two of their gradients; not at the same time as a layer.
     table = 3 * 4 * max(w.size for w in held if w.leaf in WHOLE)
     if is_fp8(setup):
         # Codes of all quantised matrices, as they are and transposed.
         at_work += 2 * stored / 4
-    largest = kept_bytes(setup, "none") * 2.5 * setup.tokens
+    # Values and gradients of a layer, and where experts lie on other devices what is exchanged.
+    largest = values_bytes(setup) * (1.5 + (mesh["expert"] > 1)) * setup.tokens
     working = max(at_work + largest, table)
     return Memory(stored, optimizer_bytes(run, mesh), gradients, kept, working)
 
@@ -98,29 +112,72 @@ def is_fp8(setup: Setup) -> bool:
     return setup.run.precision.matmul == "fp8"
 
 
+def stacked_layers(config: ModelConfig) -> int:
+    """Layers that lie in a loop with others; what a loop of one keeps never lies in a stack."""
+    return sum(n for n in (config.num_dense_layers, config.num_moe_layers) if n > 1)
+
+
+def block_rows(setup: Setup) -> int:
+    """Rows of which all belong to one expert."""
+    rows = setup.tokens * setup.run.config.experts_per_token
+    if setup.cluster.accelerator.platform == "cpu" and not is_fp8(setup):
+        return row_alignment(rows, setup.run.config.num_experts)
+    return TILE
+
+
+def expert_rows(setup: Setup) -> float:
+    """Rows of the buffer in front of a device's experts, for each of its tokens.
+
+    Beside the room for an uneven load, each expert may leave almost a block without tokens.
+    """
+    config = setup.run.config
+    held = config.num_experts // setup.mesh["expert"]
+    blocks = held * (block_rows(setup) - 1) / setup.tokens
+    return config.experts_per_token * (setup.scheme.room or 1.0) + blocks
+
+
+def values_bytes(setup: Setup) -> float:
+    """Bytes of a token's values in a MoE layer as products read and write them."""
+    config, size = setup.run.config, itemsize(setup)
+    codes = 1 + 4 / 128 if is_fp8(setup) else size
+    N, D, A = config.num_heads, config.model_dim, config.query_key_dim
+    U, Q, Y = config.value_head_dim, config.query_latent_dim or 0, config.cache_dim
+    rows = expert_rows(setup)
+    hidden = codes * 2 * config.expert_ffn_dim * (rows + config.num_shared_experts)
+    shared = size * (3 * D + N * (2 * A + 3 * U) + Q + Y) + 2 * hidden
+    return shared / setup.mesh["tensor"] + (size + codes) * rows * D
+
+
 def kept_bytes(setup: Setup, remat: str) -> float:
-    """Bytes that a MoE layer keeps of each token for the backward pass: block.REMAT.
+    """Bytes that a MoE layer of a stack keeps of each token for the backward pass: block.REMAT.
 
     Devices of the tensor axis share the sequence, heads and hidden channels, but experts read whole
     rows on each. In FP8 what experts read is kept as codes, and what follows attention in 12 bits.
+    Without remat every step of a formula is kept, in FP32 beside the operands of products: two for
+    a norm, one for the router, and for SwiGLU, which has a gradient of its own in FP8 alone, five
+    and one more with routing weights.
     """
     config, size = setup.run.config, itemsize(setup)
-    codes, twelve = (1 + 4 / 128, 1.5 + 4 / 128) if is_fp8(setup) else (size, size)
+    fp8 = is_fp8(setup)
+    codes, twelve = (1 + 4 / 128, 1.5 + 4 / 128) if fp8 else (size, size)
     N, D, A = config.num_heads, config.model_dim, config.query_key_dim
     U, Q, Y = config.value_head_dim, config.query_latent_dim or 0, config.cache_dim
-    rows = config.experts_per_token * (setup.scheme.room or 1.0)
+    E, F, S = config.num_experts, config.expert_ffn_dim, config.num_shared_experts
+    rows = expert_rows(setup)
     latent, attention = size * (Q + Y), N * U
-    hidden = codes * 2 * config.expert_ffn_dim * (rows + config.num_shared_experts)
+    hidden = codes * 2 * F * (rows + S)
+    normed = 2 * D + Q + config.kv_latent_dim
+    operands = codes * normed + size * N * (2 * A + U) + twelve * attention
+    swiglu = hidden if fp8 else (size + 4 * 5) * F * (rows + S) + 4 * F * rows
     # Of each policy: what is shared, what is whole.
     kept = {
-        "full": (0.0, 0.0),
-        "attention": (twelve * attention, 0.0),
-        "paper": (twelve * attention + latent + hidden, codes * rows * D),
-        "none": (size * (2 * D + N * (2 * A + U) + 2 * attention) + latent + 2 * hidden,
-                 (size + codes) * rows * D),
+        "full": (size * D, 0.0),
+        "attention": (size * D + twelve * attention, 0.0),
+        "paper": (size * D + twelve * attention + latent + hidden, codes * rows * D),
+        "none": (operands + swiglu + 4 * (2 * normed + D + N + 2 * E), codes * rows * D),
     }  # fmt: skip
     shared, whole = kept[remat]
-    return (size * D + shared) / setup.mesh["tensor"] + whole
+    return shared / setup.mesh["tensor"] + whole
 
 
 def forward_flops(setup: Setup) -> dict[str, float]:
@@ -144,7 +201,7 @@ def forward_flops(setup: Setup) -> dict[str, float]:
 
 def step_work(setup: Setup) -> list[Work]:
     """The work of a step on a device."""
-    run, mesh, config = setup.run, setup.mesh, setup.run.config
+    run, config = setup.run, setup.run.config
     again, fp8 = AGAIN[run.remat], is_fp8(setup)
     on_cpu = setup.cluster.accelerator.platform == "cpu"
     found = []
@@ -159,26 +216,92 @@ def step_work(setup: Setup) -> list[Work]:
             # Kernels pass over rows of buffers that hold no token, the reference does not.
             times *= setup.scheme.room or 1.0
         total = forward * times * setup.accumulation
-        in_fp8 = fp8 and part not in ("attention core", "router", "head and loss")
-        found.append(Work(part, 0.0 if in_fp8 else total, total if in_fp8 else 0.0))
+        if part == "attention core":
+            found.append(Work(part, flops_core=total))
+        elif fp8 and part not in ("router", "head and loss"):
+            found.append(Work(part, flops_fp8=total))
+        else:
+            found.append(Work(part, flops_bf16=total))
+        if part == "routed experts" and not on_cpu:
+            # But kernels multiply whole blocks of rows, of each expert's last one half for nothing.
+            held = config.num_experts // setup.mesh["expert"]
+            empty = held * (block_rows(setup) - 1) / 2
+            share = empty / (setup.tokens * config.experts_per_token)
+            done = found[-1]
+            found.append(Work("rows that fill blocks", flops_bf16=done.flops_bf16 * share,
+                              flops_fp8=done.flops_fp8 * share))  # fmt: skip
+    found.append(Work("norms, casts, copies", bytes=elementwise_bytes(setup)))
+    stacked = stacked_layers(config) * kept_bytes(setup, run.remat)
+    stacked *= setup.accumulation * setup.tokens
+    found.append(Work("kept activations", bytes=STACK_PASSES * stacked))
+    if on_cpu and config.num_expert_layers:
+        found.append(Work("blocks of experts", bytes=block_bytes(setup) * config.num_expert_layers))
+    found.append(Work("logits", bytes=loss_bytes(setup)))
+    return [*found, *state_work(setup)]
+
+
+def elementwise_bytes(setup: Setup) -> float:
+    """What a step reads and writes in memory between products, without what layers keep."""
+    config, tensor = setup.run.config, setup.mesh["tensor"]
+    N, D, A = config.num_heads, config.model_dim, config.query_key_dim
+    H, U, C = config.content_head_dim, config.value_head_dim, config.kv_latent_dim
     layers, moe = config.num_layers + config.num_mtp, config.num_expert_layers
-    rows = config.experts_per_token * (setup.scheme.room or 1.0)
+    # Queries, keys and values are put together out of parts: forward, backward, and again.
+    times = 2 + AGAIN[setup.run.remat].get("attention core", 0.0)
+    heads = times * N * (3 * A + H + 2 * U)
+    norms = NORM_PASSES * (D + (config.query_latent_dim or 0) + C)
+    hidden = (layers - moe) * config.dense_ffn_dim + moe * config.shared_ffn_dim
+    rows = FFN_PASSES * moe * expert_rows(setup)
     # Devices of the tensor axis share the sequence and hidden channels, but each has all rows.
-    elements = layers * config.model_dim * PASSES / mesh["tensor"]
-    elements += moe * rows * (6 * config.model_dim + 12 * config.expert_ffn_dim / mesh["tensor"])
-    elementwise = setup.accumulation * setup.tokens * elements * itemsize(setup)
-    found.append(Work("norms, casts, copies", bytes=elementwise))
-    if on_cpu and moe:
-        found.append(Work("blocks of experts", bytes=block_bytes(setup) * moe))
-    # Read: gradient, master, moments; written: master, moments; and the norm reads gradients.
-    state = sum(w.size / shards(w.stored, mesh) for w in weights(config, mesh))
-    each = 4 + 2 * (4 + 2 * jnp.dtype(DTYPES[run.precision.moments]).itemsize) + 4
-    found.append(Work("optimizer", bytes=each * state))
-    used = sum(w.size / shards(w.computed, mesh) for w in weights(config, mesh))
-    # Each micro-batch casts its gathered weights twice, and adds its gradients to the sum.
-    found.append(Work("weights and gradients",
-                      bytes=setup.accumulation * (used * 3 * itemsize(setup) + state * 12)))
-    return found
+    shared = layers * (heads + norms) + FFN_PASSES * hidden + rows * config.expert_ffn_dim
+    elements = setup.accumulation * setup.tokens * (shared / tensor + rows * D)
+    return elements * itemsize(setup) * (CODES if is_fp8(setup) else 1.0)
+
+
+def loss_bytes(setup: Setup) -> float:
+    """What the cross-entropies of a step read and write between their products (loss.py).
+
+    FP32 logits are written, read for their maximum, their sum, the target's and the gradient, which
+    is written; each chunk of them adds to the gradient of the head, which begins as zeros and is
+    scaled in the end; and the head is cast.
+    """
+    config, size = setup.run.config, itemsize(setup)
+    logits = setup.tokens * config.vocab_size / setup.mesh["tensor"]
+    chunks = math.ceil(logits / CHUNK_ELEMENTS)
+    head = config.vocab_size * config.model_dim * (8 * chunks + 4 + 8 + 4 + size)
+    return (1 + config.num_mtp) * setup.accumulation * (logits * (5 * 4 + size) + head)
+
+
+def state_work(setup: Setup) -> list[Work]:
+    """What a step reads and writes of weights, gradients and moments beside products.
+
+    For every micro-batch masters are cast, forward and backward, where they lie; gathered ones are
+    written once more. In FP8 they are quantised once, as they are and transposed. Gradients begin
+    as stacks of zeros into which each layer writes; with more than one micro-batch they are then
+    added to sums (in FP8 inside the product, and then the sums are copied into the next stack).
+    """
+    run, mesh, count = setup.run, setup.mesh, setup.accumulation
+    size, moment = itemsize(setup), jnp.dtype(DTYPES[run.precision.moments]).itemsize
+    cast = summed = optimized = 0.0
+    for w in weights(run.config, mesh):
+        held, used = w.size / shards(w.stored, mesh), w.size / shards(w.computed, mesh)
+        gathered = used if w.gathered else 0.0
+        if w.is_matrix and w.leaf not in WHOLE:
+            if is_fp8(setup) and w.leaf != "router_ED":
+                cast += held * (4 + 2) + gathered * 2 * (count if setup.scheme.zero == 3 else 1)
+            elif setup.scheme.zero == 3:
+                cast += 2 * count * (held * (4 + size) + gathered * size)
+            else:
+                cast += gathered * 4 + 2 * count * used * (4 + size)
+        # Before devices add theirs up a gradient is as large as the weight in its product.
+        summed += count * (held * (8 if count == 1 else 20) + gathered * 8)
+        # Read: gradient, master, moments; written: master, moments; and the norm reads gradients.
+        optimized += held * (4 + 2 * (4 + 2 * moment) + 4)
+    return [
+        Work("casts of weights", bytes=cast),
+        Work("gradients", bytes=summed),
+        Work("optimizer", bytes=optimized),
+    ]
 
 
 def block_bytes(setup: Setup) -> float:

@@ -15,8 +15,8 @@ FILL = 0.92
 # nothing runs behind anything there.
 REACHED = {
     "gpu": Reached(),
-    "tpu": Reached(products=0.6),
-    "cpu": Reached(products=1.0, memory=1.0, network=1.0, overlap=0.0),
+    "tpu": Reached(products=0.6, fp8=0.6, core=0.6),
+    "cpu": Reached(products=1.0, fp8=1.0, core=1.0, memory=1.0, network=1.0, overlap=0.0),
 }
 
 

@@ -52,7 +52,9 @@ def decode_rows(
     config, hardware, tensor = run.config, cluster.accelerator, mesh["tensor"]
     reached = REACHED[hardware.platform]
     bandwidth = hardware.memory_bandwidth * reached.memory
-    peak = hardware.flops_fp8 if run.precision.matmul == "fp8" else hardware.flops_bf16
+    in_bf16 = hardware.flops_bf16 * reached.products
+    is_fp8 = run.precision.matmul == "fp8"
+    fastest = hardware.flops_fp8 * reached.fp8 if is_fp8 else in_bf16
     held: dict[str, float] = {}
     flops: dict[str, float] = {}
     for w in weights(config, mesh):
@@ -73,8 +75,8 @@ def decode_rows(
     for part, size in held.items():
         # Lookups read a row of each token.
         read = 0.0 if part == "embedding" else size
-        rate = hardware.flops_bf16 if part in ("cache", "head and loss", "router") else peak
-        seconds = max(read / bandwidth, flops.get(part, 0.0) / rate / reached.products)
+        rate = in_bf16 if part in ("cache", "head and loss", "router") else fastest
+        seconds = max(read / bandwidth, flops.get(part, 0.0) / rate)
         total += seconds
         rows.append({"what": part, "GiB a device": size / GIB, "us a token": 1e6 * seconds,
                      "limited by": "memory" if read / bandwidth >= seconds else "products"})

@@ -41,11 +41,16 @@ def fit(setups: Sequence[Setup], seconds: Sequence[float]) -> Reached:
     from scipy.optimize import nnls
 
     seconds = np.asarray(seconds, np.float64)
-    rows = np.array([terms(setup) for setup in setups]) / seconds[:, None]
+    found = [terms(setup) for setup in setups]
+    # A CPU multiplies everything alike.
+    rows = np.array(
+        [(t.products + t.fp8 + t.core, t.memory, t.network, t.messages) for t in found]
+    )
+    rows /= seconds[:, None]
     scale = rows.max(axis=0)
     scale[scale == 0] = 1.0
-    found, _ = nnls(rows / scale, np.ones(len(rows)))
-    a, b, c, d = found / scale
-    tiny = 1e-12
-    return Reached(products=1 / max(a, tiny), memory=1 / max(b, tiny), network=1 / max(c, tiny),
-                   message=d, overlap=0.0)  # fmt: skip
+    fitted, _ = nnls(rows / scale, np.ones(len(rows)))
+    *times, message = fitted / scale
+    products, memory, network = (1 / max(time, 1e-12) for time in times)
+    return Reached(products=products, fp8=products, core=products, memory=memory,
+                   network=network, message=message, overlap=0.0)  # fmt: skip

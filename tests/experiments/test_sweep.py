@@ -114,7 +114,7 @@ def test_a_sweep_writes_a_table_twice_and_a_picture(tmp_path):
 
 
 def test_constants_are_found_again_from_steps_that_follow_the_form():
-    true = Reached(products=0.5, memory=0.25, network=2.0, message=3.0, overlap=0.0)
+    true = Reached(products=0.5, core=0.5, memory=0.25, network=2.0, message=3.0, overlap=0.0)
     setups = [setup(TINY, WHERE, mesh) for mesh in FITTED]
     found = fit(setups, [terms(s).at(true) for s in setups])
     for other in [c.setup for c in candidates(TINY, WHERE)][::12]:
@@ -123,7 +123,7 @@ def test_constants_are_found_again_from_steps_that_follow_the_form():
 
 def test_measured_steps_are_ranked_against_predictions(tmp_path, monkeypatch):
     said = []
-    true = Reached(products=0.5, memory=0.5, network=1.0, message=2.0, overlap=0.0)
+    true = Reached(products=0.5, core=0.5, memory=0.5, network=1.0, message=2.0, overlap=0.0)
     timed = lambda setups: ((s, [terms(s).at(true)] * 5) for s in setups)
     monkeypatch.setattr(sweep_module, "measure", timed)
     rows = sweep(TINY, WHERE, best=20, measured=True, out=tmp_path, say=said.append)

@@ -22,8 +22,9 @@ MACHINE = Accelerator(
     kind="test", platform="gpu", flops_bf16=100.0, flops_fp8=200.0, memory=1000,
     memory_bandwidth=50.0, node=4, inner=Link(10.0, 0.001), outer=Link(2.0, 0.01),
 )  # fmt: skip
-ALL = Reached(products=1.0, memory=1.0, network=1.0, message=1.0, overlap=1.0)
-NONE = Reached(products=1.0, memory=1.0, network=1.0, message=0.0, overlap=0.0)
+PEAK = dict(products=1.0, fp8=1.0, core=1.0, memory=1.0, network=1.0)
+ALL = Reached(**PEAK, message=1.0, overlap=1.0)
+NONE = Reached(**PEAK, message=0.0, overlap=0.0)
 
 
 def neighbours(axes, mesh, node):
@@ -54,8 +55,9 @@ def test_a_ring_sends_all_but_one_part_and_a_sum_for_all_twice_that():
 
 
 def test_work_is_products_at_the_peak_of_their_format_and_bytes_at_the_bandwidth():
-    terms = work_terms(Work("x", flops_bf16=300.0, flops_fp8=300.0, bytes=25.0), MACHINE)
-    assert terms.products == pytest.approx(3.0 + 1.5)
+    work = Work("x", flops_bf16=300.0, flops_fp8=300.0, flops_core=50.0, bytes=25.0)
+    terms = work_terms(work, MACHINE)
+    assert (terms.products, terms.fp8, terms.core) == pytest.approx((3.0, 1.5, 0.5))
     assert terms.memory == pytest.approx(0.5)
     assert (terms.network, terms.messages) == (0.0, 0.0)
 
@@ -104,9 +106,9 @@ def test_what_nothing_waits_for_runs_behind_the_work():
 
 
 def test_less_of_a_figure_takes_longer():
-    half = Reached(products=0.5, memory=1.0, network=1.0, message=1.0, overlap=1.0, overhead=0.25)
-    work = [Work("products", flops_bf16=200.0)]
-    assert predict(work, [], {}, MACHINE, half).seconds == pytest.approx(4.25)
+    half = Reached(**{**PEAK, "products": 0.5, "core": 0.25}, overhead=0.25)
+    work = [Work("products", flops_bf16=200.0), Work("core", flops_core=50.0)]
+    assert predict(work, [], {}, MACHINE, half).seconds == pytest.approx(4.0 + 2.0 + 0.25)
 
 
 def test_the_papers_speed_limit_of_decoding():
