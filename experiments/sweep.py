@@ -13,7 +13,7 @@ from typing import Annotated
 
 import tyro
 
-from deepseek_jax.config import Run
+from deepseek_jax.config import Precision, Run, Schedule
 from experiments.planning import targets
 from experiments.planning.choose import REACHED, Candidate, candidates, ordered, prediction
 from experiments.planning.compare import compared
@@ -40,12 +40,16 @@ class SweepArgs:
     """Name of the recipe."""
     cluster: str = "h200x2048"
     """ACCELERATORxDEVICES: h800, h100, h200, gb200, v5p, v6e, tpu7x or cpu."""
+    precision: str | None = None
+    """fp32, bf16 or fp8; the recipe's by default."""
+    batch: int | None = None
+    """Sequences of a step; those of the recipe's last steps by default."""
     best: int = 20
     """How many to compile: the fastest of each mesh first, then the next."""
     measure: bool = False
     """Run those on the devices of this machine instead."""
     out: Path | None = None
-    """The folder; sweeps/RECIPE-CLUSTER by default."""
+    """The folder; sweeps/RECIPE-CLUSTER, with what else was chosen, by default."""
     json: Path | None = None
     """Also write the rows to this file."""
 
@@ -83,18 +87,32 @@ class Row:
 
 def sweep_command(args: SweepArgs) -> None:
     """Prints the best rows and says where everything lies."""
-    out = args.out or Path("sweeps") / f"{args.recipe}-{args.cluster}"
-    run, where = recipe(args.recipe)(None), cluster(args.cluster)
+    chosen = (args.recipe, args.cluster, args.precision, args.batch)
+    out = args.out or Path("sweeps") / "-".join(str(c) for c in chosen if c is not None)
+    run, where = run_of(args), cluster(args.cluster)
     rows = sweep(run, where, best=args.best, measured=args.measure, out=out, say=print)
     shown = [r for r in rows if r.compiled_bytes or r.measured or r.refused] or rows[: args.best]
     print_table([readable(row) for row in shown], title=f"{args.recipe} on {where.name}")
-    chosen = [row for row in rows if row.fits]
-    if chosen:
-        print(explanation(run, where, chosen[0]))
+    fitting = [row for row in rows if row.fits]
+    if fitting:
+        print(explanation(run, where, fitting[0]))
     print(f"{len(rows)} setups, {len({mesh_name(r.mesh) for r in rows})} meshes; table.csv, "
           f"table.json and picture.png are in {out}")  # fmt: skip
     if args.json is not None:
         write_json(args.json, [dataclasses.asdict(row) for row in rows])
+
+
+def run_of(args: SweepArgs) -> Run:
+    """The recipe's run in the wanted precision, with steps of so many sequences."""
+    run = recipe(args.recipe)(None)
+    if args.precision is not None:
+        run = dataclasses.replace(run, precision=Precision.of(args.precision))
+    if args.batch is not None:
+        if args.batch < 1:
+            raise ValueError(f"--batch {args.batch} must be at least 1")
+        sequences = Schedule.constant(args.batch)
+        run = dataclasses.replace(run, micro_batch=args.batch, batch_size=sequences)
+    return run
 
 
 def sweep(

@@ -13,9 +13,10 @@ from experiments.planning.fit import FITTED, fit, terms
 from experiments.planning.measure import spearman
 from experiments.planning.setup import setup
 from experiments.recipes import recipe
-from experiments.sweep import Row, shortlist, sweep
+from experiments.sweep import Row, SweepArgs, run_of, shortlist, sweep
 from sharding.cost import Reached
 from sharding.hardware import cluster
+from tests.experiments.runs import call
 
 TINY = recipe("tiny")(None)
 WHERE = cluster("cpux8")
@@ -111,6 +112,31 @@ def test_a_sweep_writes_a_table_twice_and_a_picture(tmp_path):
     assert len(lines) == len(rows)
     assert float(lines[3]["seconds"]) == rows[3].seconds
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_precision_and_batch_of_a_sweep_replace_those_of_the_recipe(tmp_path):
+    words = "--cluster h200x1 --precision fp8 --batch 8".split()
+    path = tmp_path / "rows.json"
+    code, _, err = call("sweep", "peer", *words, "--best", 0, "--out", tmp_path, "--json", path)
+    assert (code, err) == (0, "")
+    found = json.loads(path.read_text())
+    shapes = {(row["sequences"], row["accumulation"]) for row in found}
+    assert shapes == {(1, 8), (2, 4), (4, 2), (8, 1)} and len(found) == 16
+    run = run_of(SweepArgs(recipe="peer", precision="fp8", batch=8))
+    assert run.precision.matmul == "fp8" and run.batch_size.phases[-1].end == 8
+    alike = setup(run, cluster("h200x1"), FITTED[0] | {"data": 1}, sequences=8, remat="none")
+    of_it = [r for r in found if r["sequences"] == 8 and r["remat"] == "none"]
+    assert of_it[0]["seconds"] == prediction(alike).seconds
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [("--batch 0", "--batch 0 must be at least 1"), ("--precision fp4", "unknown precision 'fp4'")],
+)
+def test_bad_choices_of_a_sweep_are_one_line(words, message):
+    code, _, err = call("sweep", "tiny", "--cluster", "cpux8", *words.split())
+    assert code == 2
+    assert message in err and len(err.strip().splitlines()) == 1
 
 
 def test_constants_are_found_again_from_steps_that_follow_the_form():
