@@ -12,7 +12,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from deepseek_jax import fp8
+from deepseek_jax import few_rows, fp8
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.e5m6 import E5M6, decode_e5m6, e5m6_letters, encode_e5m6, to_e5m6
 from deepseek_jax.latent_cache import LatentCache
@@ -182,12 +182,24 @@ def absorbed(attention: Attention, q_BTNA, cache_BSY, start_B) -> Activation:
     q_BTNH, q_BTNR = jnp.split(q_BTNA, [config.content_head_dim], axis=-1)
     q_BTNC = jnp.einsum("BTNH,NHC->BTNC", q_BTNH, w_k_NHC)
     q_BTNY = jnp.concatenate((q_BTNC, q_BTNR), axis=-1)
-    score_BNTS = softmax_scale(config) * jnp.einsum(
-        "BTNY,BSY->BNTS", q_BTNY, cache_BSY, preferred_element_type=jnp.float32
-    )
     T, S = q_BTNA.shape[1], cache_BSY.shape[1]
     last_BT = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
     seen_BTS = jnp.arange(S, dtype=jnp.int32)[None, None, :] <= last_BT[:, :, None]
+    if few_rows.is_little_attention(q_BTNY, S):
+        z_BTNC = look_in_sums(config, q_BTNY, cache_BSY, seen_BTS)
+        values = z_BTNC[:, :, :, None].astype(jnp.float32) * w_v_NUC[None, None]
+        o_BTNU = jnp.sum(values, axis=-1).astype(z_BTNC.dtype)
+    else:
+        z_BTNC = look_in_products(config, q_BTNY, cache_BSY, seen_BTS)
+        o_BTNU = jnp.einsum("BTNC,NUC->BTNU", z_BTNC, w_v_NUC.astype(z_BTNC.dtype))
+    return to_e5m6(o_BTNU) if fp8.is_quantized(attention.wo_DNU[...]) else o_BTNU
+
+
+def look_in_products(config: ModelConfig, q_BTNY, cache_BSY, seen_BTS) -> jax.Array:
+    """softmax(q c) c over the cached latents c, as two products."""
+    score_BNTS = softmax_scale(config) * jnp.einsum(
+        "BTNY,BSY->BNTS", q_BTNY, cache_BSY, preferred_element_type=jnp.float32
+    )
     score_BNTS = jnp.where(seen_BTS[:, None], score_BNTS, -jnp.inf)
     # The softmax is divided by its sum after the values: two passes less over the scores.
     top_BNT1 = jnp.max(score_BNTS, axis=-1, keepdims=True)
@@ -199,6 +211,18 @@ def absorbed(attention: Attention, q_BTNA, cache_BSY, start_B) -> Activation:
         preferred_element_type=jnp.float32,
     )
     z_BNTC = (z_BNTY[..., : config.kv_latent_dim] / total_BNT1).astype(cache_BSY.dtype)
-    z_BTNC = z_BNTC.swapaxes(1, 2)
-    o_BTNU = jnp.einsum("BTNC,NUC->BTNU", z_BTNC, w_v_NUC.astype(z_BTNC.dtype))
-    return to_e5m6(o_BTNU) if fp8.is_quantized(attention.wo_DNU[...]) else o_BTNU
+    return z_BNTC.swapaxes(1, 2)
+
+
+def look_in_sums(config: ModelConfig, q_BTNY, cache_BSY, seen_BTS) -> jax.Array:
+    """The same as sums: a GPU makes two kernels of it, where products take seven or eight."""
+    q_BTN1Y = q_BTNY[:, :, :, None].astype(jnp.float32)
+    cache_B11SY = cache_BSY[:, None, None].astype(jnp.float32)
+    score_BTNS = softmax_scale(config) * jnp.sum(q_BTN1Y * cache_B11SY, axis=-1)
+    score_BTNS = jnp.where(seen_BTS[:, :, None], score_BTNS, -jnp.inf)
+    weight_BTNS = jax.nn.softmax(score_BTNS, axis=-1)
+    z_BTNC = jnp.sum(
+        weight_BTNS[..., None] * cache_B11SY[..., : config.kv_latent_dim], axis=-2
+    )
+    # Or every row of the product that reads it would sum it again.
+    return jax.lax.optimization_barrier(z_BTNC.astype(cache_BSY.dtype))

@@ -3,6 +3,7 @@
 Pure functions of a state; its shapes, and so the programs, do not depend on how long texts are.
 """
 
+import functools
 from dataclasses import dataclass, replace
 
 import jax
@@ -33,9 +34,9 @@ class Decoding:
     cache: LatentCache
     ahead: Ahead | None  # what drafting keeps
     key: jax.Array
-    steps: Int[Array, ""]  # passes of the main model over new tokens
-    row_steps: Int[Array, ""]  # the same, counted for each text that was not done
-    accepted: Int[Array, ""]  # drafted tokens that were kept
+    # Passes of the main model over new tokens, the same counted for each text that was not done,
+    # drafted tokens that were kept: together, or each would take a kernel to count.
+    counts_I: Int[Array, "3"]
     lost: Int[Array, ""]  # choices of experts for which dispatch had no room
 
 
@@ -117,15 +118,12 @@ def advance(
     model = ready(model)
     step = plain_step if state.ahead is None else drafted_step
 
-    def more(carry):
-        state, taken = carry
-        return (taken < steps) & ~jnp.all(state.done_B)
+    last = state.counts_I[0] + steps
 
-    def body(carry):
-        state, taken = carry
-        return step(model, state, sampling, stop_N), taken + 1
+    def more(state):
+        return (state.counts_I[0] < last) & ~jnp.all(state.done_B)
 
-    return jax.lax.while_loop(more, body, (state, jnp.int32(0)))[0]
+    return jax.lax.while_loop(more, lambda state: step(model, state, sampling, stop_N), state)
 
 
 def plain_step(model: Model, state: Decoding, sampling: Sampling, stop_N: jax.Array) -> Decoding:
@@ -168,7 +166,7 @@ def verified_step(
 def commit(state: Decoding, new_BW: jax.Array, accepted_B: jax.Array, stop_N) -> Decoding:
     """Adds the accepted drafts and the token after them, up to a stop token or the limit."""
     slots_W = jnp.arange(new_BW.shape[1], dtype=jnp.int32)[None, :]
-    stops_BW = jnp.any(new_BW[:, :, None] == stop_N[None, None, :], axis=-1)
+    stops_BW = functools.reduce(jnp.logical_or, [new_BW == stop for stop in stop_N])
     stopped_BW = stops_BW.astype(jnp.int32)
     before_BW = jnp.cumsum(stopped_BW, axis=1) - stopped_BW
     room_B = state.limit_B - state.length_B
@@ -185,9 +183,7 @@ def commit(state: Decoding, new_BW: jax.Array, accepted_B: jax.Array, stop_N) ->
         tokens_BS=write(state.tokens_BS, new_BW, state.length_B),
         length_B=length_B,
         done_B=done_B,
-        steps=state.steps + 1,
-        row_steps=state.row_steps + row_steps,
-        accepted=state.accepted + accepted,
+        counts_I=state.counts_I + jnp.stack((jnp.int32(1), row_steps, accepted)),
     )
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from deepseek_jax.few_rows import row_by_row, weight_first
+from deepseek_jax.few_rows import Scaled, row_by_row, weight_first
 from deepseek_jax.swiglu import swiglu
 from pallas_kernels.mosaic import target
 
@@ -26,13 +26,15 @@ def suits(num_tokens: int, choices: int, num_experts: int) -> bool:
 
 
 def ffn_in_place(
-    x_TD: Float[Array, "T D"],
+    x_TD: Float[Array, "T D"] | Scaled,
     expert_TK: Int[Array, "T K"],
     weight_TK: Float[Array, "T K"],
     weights: tuple[jax.Array, jax.Array, jax.Array],
 ) -> Float[Array, "T D"]:
     """sum_k weight_k FFN_k(x) of each token; weights are w_gate_EFD, w_up_EFD, w_down_EDF."""
-    choose = _every_expert if expert_TK.size >= weights[0].shape[0] else _chosen_experts
+    choose = _chosen_experts
+    if expert_TK.size >= weights[0].shape[0]:
+        choose, x_TD = _every_expert, x_TD.x if isinstance(x_TD, Scaled) else x_TD
     return choose(x_TD, expert_TK, weight_TK, weights).astype(x_TD.dtype)
 
 
@@ -42,9 +44,12 @@ def _chosen_experts(x_TD, expert_TK, weight_TK, weights):
         w.at[expert_TK.reshape(-1)].get(mode="promise_in_bounds").astype(x_TD.dtype)
         for w in weights
     )
-    x_JD = jnp.repeat(x_TD, K, axis=0)
+    row_TD, scale = (x_TD.row, x_TD.scale) if isinstance(x_TD, Scaled) else (x_TD, None)
+    x_JD = jnp.repeat(row_TD, K, axis=0)
     gate_JF, up_JF = row_by_row(x_JD, w_gate), row_by_row(x_JD, w_up)
-    hidden_JF = swiglu(gate_JF, up_JF, weight_TK.reshape(-1, 1))
+    if scale is not None:
+        gate_JF, up_JF = gate_JF * scale, up_JF * scale
+    hidden_JF = swiglu(gate_JF, up_JF, weight_TK.reshape(-1, 1)).astype(x_TD.dtype)
     y_JD = row_by_row(hidden_JF, w_down)
     return jnp.sum(y_JD.reshape(T, K, -1).astype(jnp.float32), axis=1)
 

@@ -1,5 +1,6 @@
 """Products of few rows, as decoding makes them: what counts is how the weights are read."""
 
+import dataclasses
 import math
 
 import jax
@@ -7,8 +8,46 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.mosaic import target
+from sharding.placement import current_mesh
 
 MOST_ROWS = 64
+MOST_PRODUCTS = 2**24  # of attention: on an H200 3 microseconds of sums
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """A normalised row as `row * scale`: products of `row` are scaled afterwards.
+
+    So nothing waits for the sum of the norm but what comes after the products.
+    """
+
+    row: jax.Array  # FP32 [..., K]
+    scale: jax.Array  # FP32 [..., 1]
+    dtype: jax.typing.DTypeLike = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.row.shape
+
+    @property
+    def x(self) -> jax.Array:
+        """The normalised row itself."""
+        return (self.row * self.scale).astype(self.dtype)
+
+
+def is_scaled_after(x: jax.Array) -> bool:
+    """Whether x is one row on one accelerator, where each small kernel costs time."""
+    mesh = current_mesh()
+    alone = mesh is None or mesh.size == 1
+    return alone and x.size == x.shape[-1] and target().platform != "cpu"
+
+
+def normed(x: Float[Array, "... D"], gain: Float[Array, " D"], eps: float) -> Scaled:
+    """RMSNorm of one row."""
+    x32 = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return Scaled(x32 * gain.astype(jnp.float32).reshape(x.shape), scale, x.dtype)
 
 
 def letters(signature: str) -> tuple[str, str, str]:
@@ -65,6 +104,11 @@ def one_row(signature: str, x: jax.Array, weight: jax.Array) -> jax.Array:
     w_NK = weight.reshape(-1, x_K.size).astype(jnp.float32)
     y_N = jnp.sum(x_K[None, :] * w_NK, axis=-1)
     return y_N.reshape((1,) * sum(letter in out for letter in left) + made)
+
+
+def is_little_attention(q_BTNY: jax.Array, length: int) -> bool:
+    """Whether products would take an accelerator longer to start than sums to look at all."""
+    return target().platform != "cpu" and q_BTNY.size * length <= MOST_PRODUCTS
 
 
 def row_by_row(x_JK: Float[Array, "J K"], w_JNK: Float[Array, "J N K"]) -> Float[Array, "J N"]:

@@ -63,7 +63,6 @@ def _begin(shape, config, format, draft, dtype, mesh) -> Callable[..., Decoding]
     """The program that makes the state of texts [B, S]: every array where the mesh wants it."""
 
     def make(tokens_BS, length_B, limit_B, key) -> Decoding:
-        zero = lambda: jnp.zeros((), jnp.int32)
         return Decoding(
             tokens_BS=tokens_BS,
             length_B=length_B,
@@ -72,10 +71,8 @@ def _begin(shape, config, format, draft, dtype, mesh) -> Callable[..., Decoding]
             cache=empty_cache(config, *shape, format),
             ahead=first_ahead(config, length_B, shape[1], format, dtype) if draft else None,
             key=key,
-            steps=zero(),
-            row_steps=zero(),
-            accepted=zero(),
-            lost=zero(),
+            counts_I=jnp.zeros((3,), jnp.int32),
+            lost=jnp.zeros((), jnp.int32),
         )
 
     if mesh is None:
@@ -252,12 +249,12 @@ class Text:
 
     @property
     def report(self) -> Report:
-        state = self.state
+        steps, row_steps, accepted = map(int, np.asarray(self.state.counts_I))
         return Report(
-            tokens=int((np.asarray(state.length_B) - self.lengths_B).sum()),
-            steps=int(state.steps),
-            row_steps=int(state.row_steps),
-            accepted=int(state.accepted),
+            tokens=int((np.asarray(self.state.length_B) - self.lengths_B).sum()),
+            steps=steps,
+            row_steps=row_steps,
+            accepted=accepted,
             draft_depth=self._depth,
             cache_bytes=self._cache_bytes,
         )

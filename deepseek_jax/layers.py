@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from deepseek_jax import fp8
+from deepseek_jax import few_rows, fp8
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.fp8 import Quantized, QuantizedWeight
 from deepseek_jax.linear import Activation
@@ -63,9 +63,10 @@ def norm_for(
     power_of_two: bool = False,
 ) -> jax.Array | Quantized:
     """RMSNorm as the product with `reader` takes it: in tiles where that weight is quantised."""
-    normed = rms_norm(x, gain, eps)
     if not fp8.is_quantized(reader):
-        return normed
+        one = few_rows.is_scaled_after(x)
+        return few_rows.normed(x, gain, eps) if one else rms_norm(x, gain, eps)
+    normed = rms_norm(x, gain, eps)
     return fp8.quantize_norm(
         x,
         normed,

@@ -15,7 +15,7 @@ from pallas_kernels.quantize_fp8 import Blocks, Tiles, quantize_tiles
 from sharding import local
 
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
-Activation = jax.Array | Quantized | E5M6
+Activation = jax.Array | Quantized | E5M6 | few_rows.Scaled
 
 
 def linear(signature: str, x: Activation, weight: jax.Array | QuantizedWeight) -> jax.Array:
@@ -25,6 +25,9 @@ def linear(signature: str, x: Activation, weight: jax.Array | QuantizedWeight) -
     for masters, though the product itself multiplies in x's dtype, so that it is also summed over
     devices in FP32. With a quantised weight the product and both of its gradients are FP8.
     """
+    if isinstance(x, few_rows.Scaled):
+        y = few_rows.one_row(signature, x.row, weight)
+        return (y * x.scale.reshape((1,) * y.ndim)).astype(x.dtype)
     if not fp8.is_quantized(weight):
         return local(functools.partial(_product, signature), signature)(x, weight)
     if isinstance(x, jax.Array):

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from deepseek_jax import experts_in_place, fp8
+from deepseek_jax import experts_in_place, few_rows, fp8
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.experts import expert_ffn, results_format, to_rows, to_tokens
 from deepseek_jax.layers import FeedForward, RoutingBias, normal
@@ -66,7 +66,7 @@ class MoE(nnx.Module):
         In decoding, the experts of few tokens are read where they lie.
         """
         config = self.config
-        score_BTE = scores(fp8.values(x_BTD), self.router_ED[...], config)
+        score_BTE = scores(x_BTD, self.router_ED[...], config)
         bias_E = self.bias_E[...] if config.has_routing_bias else None
         expert_BTK, weight_BTK = route(score_BTE, bias_E, config)
         weights = (self.w_gate_EFD[...], self.w_up_EFD[...], self.w_down_EDF[...])
@@ -97,9 +97,12 @@ class MoE(nnx.Module):
 def scores(x_BTD, router_ED, config: ModelConfig) -> Float[Array, "B T E"]:
     """Affinity of each token to each expert, FP32 throughout."""
     product = functools.partial(jnp.einsum, "BTD,ED->BTE", precision=jax.lax.Precision.HIGHEST)
-    logits_BTE = local(product, "BTD,ED->BTE", whole="E")(
-        x_BTD.astype(jnp.float32), router_ED.astype(jnp.float32)
-    )
+    if isinstance(x_BTD, few_rows.Scaled):
+        logits_BTE = product(x_BTD.row, router_ED.astype(jnp.float32)) * x_BTD.scale
+    else:
+        logits_BTE = local(product, "BTD,ED->BTE", whole="E")(
+            fp8.values(x_BTD).astype(jnp.float32), router_ED.astype(jnp.float32)
+        )
     if config.score == "sigmoid":
         return jax.nn.sigmoid(logits_BTE)
     return jax.nn.softmax(logits_BTE, axis=-1)
@@ -134,16 +137,19 @@ def limit_groups(biased_BTE: Float[Array, "B T E"], config: ModelConfig) -> jax.
     """
     G, M = config.num_groups, config.groups_per_token
     grouped = biased_BTE.reshape(*biased_BTE.shape[:-1], G, config.experts_per_group)
-    if config.best_per_group == 2:
-        # As two maxima: XLA gathers the operand of a top-k of these shapes over the whole mesh.
-        best = jnp.argmax(grouped, axis=-1, keepdims=True)
-        ids = jnp.arange(grouped.shape[-1], dtype=best.dtype)[None, None, None, :]
-        others = jnp.where(ids == best, -jnp.inf, grouped)
-        group_BTG = jnp.max(grouped, axis=-1) + jnp.max(others, axis=-1)
-    else:
-        group_BTG = jnp.max(grouped, axis=-1)
-    _, kept_BTM = jax.lax.top_k(group_BTG, M)
-    kept_BTG = chosen(kept_BTM, G)
+    # Without reductions, each of which would be a kernel of its own: experts and groups are few.
+    best, second = grouped[..., 0], jnp.full_like(grouped[..., 0], -jnp.inf)
+    for e in range(1, config.experts_per_group):
+        second = jnp.maximum(second, jnp.minimum(best, grouped[..., e]))
+        best = jnp.maximum(best, grouped[..., e])
+    group_BTG = best + second if config.best_per_group == 2 else best
+    ids_G = jnp.arange(G, dtype=jnp.int32)[None, None, :]
+    ahead_BTG = jnp.zeros(group_BTG.shape, jnp.int32)
+    for g in range(G):
+        other = group_BTG[..., g : g + 1]
+        wins = (other > group_BTG) | ((other == group_BTG) & (g < ids_G))
+        ahead_BTG = ahead_BTG + wins.astype(jnp.int32)
+    kept_BTG = ahead_BTG < M
     return jnp.where(kept_BTG[..., None], grouped, -jnp.inf).reshape(biased_BTE.shape)
 
 
@@ -210,9 +216,12 @@ def run_experts(
     quantized = fp8.is_quantized(w_down_EDF)
     if decoding and held == num_places and place_EJ is None and not quantized:
         if experts_in_place.suits(B * T, B * T * K, held):
-            few = [leaf.reshape(B * T, -1) for leaf in (x_BTD, expert_BTK, weight_BTK)]
-            y_TD = experts_in_place.ffn_in_place(*few, (w_gate_EFD, w_up_EFD, w_down_EDF))
+            few = [leaf.reshape(B * T, K) for leaf in (expert_BTK, weight_BTK)]
+            x_TD = jax.tree.map(lambda leaf: leaf.reshape(B * T, -1), x_BTD)
+            y_TD = experts_in_place.ffn_in_place(x_TD, *few, (w_gate_EFD, w_up_EFD, w_down_EDF))
             return y_TD.reshape(B, T, D), 0 * expert_BTK[0, 0, 0]
+    if isinstance(x_BTD, few_rows.Scaled):
+        x_BTD = x_BTD.x
     alignment = fp8.TILE if quantized else row_alignment(B * T * K, num_places)
     place_TK = expert_BTK.reshape(B * T, K)
     if place_EJ is not None:

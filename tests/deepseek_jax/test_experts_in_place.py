@@ -7,11 +7,13 @@ import pytest
 from flax import nnx
 
 import deepseek_jax as ds
-from deepseek_jax import few_rows
+from deepseek_jax import attention, experts_in_place, few_rows
 from deepseek_jax.decoding import decode
 from deepseek_jax.experts_in_place import ffn_in_place, suits
 from deepseek_jax.latent_cache import empty_cache
+from deepseek_jax.layers import norm_for, rms_norm
 from deepseek_jax.linear import linear
+from pallas_kernels.mosaic import Target
 from tests.configs import TINY
 from tests.deepseek_jax.program_calls import calls
 
@@ -77,3 +79,54 @@ def test_products_of_few_rows_are_products(signature, rows, relative_error, monk
     assert relative_error(linear(signature, x, w), expected) < 1e-6
     if rows == 1:
         assert relative_error(few_rows.one_row(signature, x, w), expected) < 1e-6
+
+
+# One row on an accelerator, where every small kernel costs as much as a product.
+
+
+@pytest.fixture
+def on_accelerator(monkeypatch):
+    for module in (few_rows, experts_in_place):
+        monkeypatch.setattr(module, "target", lambda: Target("gpu", "an accelerator", 1))
+
+
+def test_products_of_one_row_are_scaled_by_its_norm_afterwards(on_accelerator, relative_error):
+    draw = np.random.default_rng(3).standard_normal
+    x_BTD, gain_D, w_FD = draw((1, 1, D), np.float32), draw(D, np.float32), draw((F, D), np.float32)
+    row = norm_for(w_FD, jnp.asarray(x_BTD), jnp.asarray(gain_D), 1e-6, "BTD")
+    assert isinstance(row, few_rows.Scaled)
+    expected = rms_norm(x_BTD, gain_D, 1e-6)
+    assert relative_error(row.x, expected) < 1e-6
+    assert relative_error(linear("BTD,FD->BTF", row, w_FD), expected @ w_FD.T) < 1e-6
+    two = norm_for(w_FD, jnp.asarray(draw((2, 1, D), np.float32)), gain_D, 1e-6, "BTD")
+    assert isinstance(two, jax.Array)
+
+
+@pytest.mark.parametrize("rows", [1, 2], ids="T{}".format)
+def test_attention_in_sums_is_attention_in_products(rows, relative_error):
+    draw = np.random.default_rng(4).standard_normal
+    N, S, Y = TINY.num_heads, 16, TINY.cache_dim
+    q_BTNY, cache_BSY = draw((1, rows, N, Y), np.float32), draw((1, S, Y), np.float32)
+    seen_BTS = np.arange(S)[None, None] <= 5 + np.arange(rows)[None, :, None]
+    args = TINY, q_BTNY, cache_BSY, seen_BTS
+    products, sums = attention.look_in_products(*args), attention.look_in_sums(*args)
+    assert relative_error(sums, products) < 1e-6
+
+
+def test_one_text_as_an_accelerator_reads_it_has_the_logits_of_a_full_pass(
+    on_accelerator, relative_error
+):
+    model = ds.Model(TINY, rngs=nnx.Rngs(0))
+    tokens_BT = np.random.default_rng(5).integers(0, TINY.vocab_size, (1, 6), np.int32)
+
+    def both(model, tokens_BT):
+        cache, hidden = empty_cache(TINY, 1, 8, "fp32"), []
+        for t in range(6):
+            h_B1D, cache, lost = decode(
+                model, tokens_BT[:, t : t + 1], cache, jnp.full((1,), t, jnp.int32)
+            )
+            hidden.append(h_B1D)
+        return jnp.concatenate(hidden, axis=1), model.hidden(tokens_BT)[0]
+
+    one_by_one, at_once = jax.jit(both)(model, tokens_BT)
+    assert relative_error(one_by_one, at_once) < 1e-5
