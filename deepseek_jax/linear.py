@@ -121,13 +121,21 @@ def options_of(weight: QuantizedWeight) -> Options:
 
 
 def multiply(
-    a: Tiles, blocks: Blocks, group_sizes_G: jax.Array | None, options: Options
+    a: Tiles,
+    blocks: Blocks,
+    group_sizes_G: jax.Array | None,
+    options: Options,
+    *more: tuple[Tiles, Blocks],
 ) -> jax.Array:
-    """a @ weight.T in BF16."""
-    operands, chosen = (a, blocks.codes, blocks.scale), options.implementation
+    """a @ weight.T in BF16, with the products of `more` added before it is rounded."""
+    operands = a, blocks.codes, blocks.scale
+    given = dict(
+        more=[(a, blocks.codes, blocks.scale) for a, blocks in more],
+        implementation=options.implementation,
+    )
     if group_sizes_G is None:
-        return matmul_fp8.matmul(*operands, implementation=chosen)
-    return grouped_matmul_fp8.by_rows(*operands, group_sizes_G, implementation=chosen)
+        return matmul_fp8.matmul(*operands, **given)
+    return grouped_matmul_fp8.by_rows(*operands, group_sizes_G, **given)
 
 
 def transposed(blocks: Blocks) -> Blocks:

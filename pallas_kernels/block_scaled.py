@@ -7,6 +7,7 @@ other warpgroups; three of them hide it best.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.experimental.pallas as pl
@@ -65,21 +66,15 @@ def starts_of(slices: int | jax.Array, tiles: int | jax.Array, tile: int | jax.A
     return tile * least + jnp.minimum(tile, slices - least * tiles)
 
 
-def _body(
-    a_gmem,
-    b_gmem,
-    a_scale_gmem,
-    b_scale_gmem,
-    *refs,
-    tiles,
-    grouped,
-):
+def _body(*refs, tiles, grouped, products):
     """Grouped: tile t has rows rows[t] to ends[t] and the weights of groups[t]; used[0] tiles."""
+    operands, refs = [refs[4 * i : 4 * i + 4] for i in range(products)], refs[4 * products :]
     table, refs = (refs[:4], refs[4:]) if grouped else ((), refs)
     out_gmem, a_smem, b_smem, a_scale_smem, b_scale_smem, scales, out_smem, full, free = refs
     warpgroup = lax.axis_index("warpgroup")
     num_rows, n = out_gmem.shape
-    steps = a_gmem.shape[1] // DEPTH
+    each = operands[0][0].shape[1] // DEPTH
+    steps = products * each
     slices = pl.cdiv(num_rows, 64)
     row_tiles = table[3][0] if grouped else tiles.row_tiles or pl.cdiv(num_rows, tiles.rows)
     pairs = pipeline.column_pairs(n, tiles)
@@ -108,14 +103,17 @@ def _body(
         group = (table[1][tile],) if grouped else ()
         rows, columns = pl.ds(row, tiles.rows), pl.ds(column, tiles.columns)
 
-        def fill(i, slot):
-            plgpu.barrier_wait(free.at[slot])
-
-            @pl.when(i == 0)
-            def _():
+        def fetch_scales():
+            for product, (*_, b_scale_gmem) in enumerate(operands):
                 weight = b_scale_gmem.at[(*group, column // 128)]
-                plgpu.copy_gmem_to_smem(weight, b_scale_smem.at[scale], scales.at[scale])
+                target = b_scale_smem.at[scale, product]
+                plgpu.copy_gmem_to_smem(weight, target, scales.at[scale])
 
+        def fill(i, slot, product):
+            a_gmem, b_gmem, a_scale_gmem, _ = operands[product]
+            plgpu.barrier_wait(free.at[slot])
+            if product == 0:
+                pl.when(i == 0)(fetch_scales)
             depth = pl.ds(i * DEPTH, DEPTH)
             shared = pipeline.shared_by_pair(tiles)
             copy = lambda source, target, **options: plgpu.copy_gmem_to_smem(
@@ -126,7 +124,9 @@ def _body(
             copy(a_scale_gmem.at[i, rows], a_scale_smem)
             return next_slot(slot)
 
-        return lax.fori_loop(0, steps, fill, slot)
+        for product in range(products):
+            slot = lax.fori_loop(0, each, functools.partial(fill, product=product), slot)
+        return slot
 
     def produce(tile, column, slot, scale):
         own = pl.ds(warpgroup * 64, 64)
@@ -134,6 +134,13 @@ def _body(
         row, end = rows_of(tile)
         row = row + warpgroup * 64
         plgpu.barrier_wait(scales.at[scale])
+
+        def weight_of(step):
+            """Which product a step is of, and its block of 128 there."""
+            if products == 1:
+                return 0, step
+            product = lax.div(jnp.int32(step), jnp.int32(each))
+            return product, step - product * each
 
         def multiply(slot):
             def several(first, slot, total, count):
@@ -145,7 +152,7 @@ def _body(
                         plgpu.barrier_wait(full.at[at])
                         by_row = plgpu.Layout.WGMMA.reduce(1)
                         a_scale = mosaic.load(a_scale_smem.at[at, own], by_row)
-                        factor = a_scale * b_scale_smem[scale, first + i]
+                        factor = a_scale * b_scale_smem[(scale, *weight_of(first + i))]
                         factors.append((at, lax.broadcast_in_dim(factor, shape, (0,))))
                         plgpu.wgmma(acc, a_smem.at[at, own], mosaic.transpose(b_smem.at[at]))
                         at = next_slot(at)
@@ -184,6 +191,7 @@ def matmul(
     a_scale_kM: jax.Array,
     b_scale_nk: jax.Array,
     table: tuple[jax.Array, ...] = (),
+    more: Sequence[tuple[jax.Array, jax.Array, jax.Array, jax.Array]] = (),
     *,
     tiles: Tiles,
     cores: int,
@@ -194,18 +202,20 @@ def matmul(
     """sum over blocks k of 128 of a_scale[k, m] b_scale[n, k] (a block . b block).
 
     With a table (rows, groups, ends of the row tiles and their number) `b` and its scales have a
-    leading dimension of groups. TMA wants rows of `a_scale_kM` to be multiples of 4 and Mosaic
+    leading dimension of groups. The products of `more` operands, of the same shapes, are added
+    before the sum is rounded. TMA wants rows of `a_scale_kM` to be multiples of 4 and Mosaic
     those of `b_scale_nk` of 32: what is added at their ends is not read.
     """
     num_rows, k = a_MK.shape
-    a_MK = mosaic.pad_rows(a_MK)
-    n = b_NK.shape[-2]
+    products = ((a_MK, b_NK, a_scale_kM, b_scale_nk), *more)
+    products = [(mosaic.pad_rows(a), *others) for a, *others in products]
+    rows, n = products[0][0].shape[0], b_NK.shape[-2]
     tiles = pipeline.narrow(tiles, n)
     # The memory warpgroup is at most `stages` steps ahead of the weight scales in use.
-    num_scales = -(-tiles.stages // (k // DEPTH)) + 1
-    out_type = jax.ShapeDtypeStruct((a_MK.shape[0], n), out_dtype)
+    num_scales = -(-tiles.stages // (len(products) * k // DEPTH)) + 1
+    out_type = jax.ShapeDtypeStruct((rows, n), out_dtype)
     kernel = pipeline.launch(
-        functools.partial(_body, grouped=bool(table)),
+        functools.partial(_body, grouped=bool(table), products=len(products)),
         name=name,
         tiles=tiles,
         cores=cores,
@@ -216,12 +226,12 @@ def matmul(
             pipeline.ring(tiles, (tiles.rows,), jnp.float32, swizzle=False),
         ],
         more=[
-            plgpu.SMEM((num_scales, b_scale_nk.shape[-1]), jnp.float32),
-            plgpu.Barrier(num_arrivals=1, num_barriers=num_scales),
+            plgpu.SMEM((num_scales, len(products), b_scale_nk.shape[-1]), jnp.float32),
+            plgpu.Barrier(num_arrivals=len(products), num_barriers=num_scales),
         ],
         store_type=out_type,
         arrivals=3,
         interpret=interpret,
     )
-    out_MN = kernel(a_MK, b_NK, a_scale_kM, b_scale_nk, *table)
+    out_MN = kernel(*(array for product in products for array in product), *table)
     return mosaic.varying_like(a_MK, out_MN)[:num_rows]

@@ -1,6 +1,7 @@
 """Experts' FP8 products: contracts, checks, the choice of implementation, the gradient."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import mosaic
 from pallas_kernels.grouped_matmul import group_of_block, group_starts, padded_sizes
 from pallas_kernels.grouped_matmul_fp8 import hopper, reference
-from pallas_kernels.matmul_fp8.api import check_blocks, check_master, check_tiles
+from pallas_kernels.matmul_fp8.api import check_master, check_products, check_tiles
 from pallas_kernels.quantize_fp8.api import TILE, Blocks, Tiles, quantize_tiles, retile
 
 
@@ -30,33 +31,32 @@ def by_rows(
     scale_Gnk: Float[Array, "G n k"],
     group_sizes_G: Int32[Array, "G"],
     *,
+    more: Sequence[tuple[Tiles, Array, Array]] = (),
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
     implementation: str | None = None,
 ) -> Float[Array, "M N"]:
-    """y[m] = a[m] @ w[group of row m].T, block-scaled as in matmul_fp8.
+    """y[m] = a[m] @ w[group of row m].T, block-scaled as in matmul_fp8, and `more` as there.
 
     Rows are sorted by group; each group starts at a multiple of 128 rows. Rows that belong to no
     group are 0 from the reference and unspecified from the kernel.
     """
     implementation = mosaic.choose(implementation, "grouped_matmul_fp8")
-    check_tiles("a", a)
-    check_blocks("b", codes_GNK, scale_Gnk)
+    check_products(((a, codes_GNK, scale_Gnk), *more))
     _check_groups(group_sizes_G, a.codes.shape[0], codes_GNK.shape[0])
-    if a.codes.shape[1] != codes_GNK.shape[2]:
-        raise ValueError(
-            f"a has K={a.codes.shape[1]} and b has K={codes_GNK.shape[2]}: codes of a product with "
-            "the transposed weights are Blocks.transposed"
-        )
     if implementation == "reference":
         group_m = group_of_block(group_sizes_G, num_blocks=a.codes.shape[0] // TILE, alignment=TILE)
-        return reference.by_rows(*a, codes_GNK, scale_Gnk, group_m, out_dtype)
+        products = ((a, codes_GNK, scale_Gnk), *more)
+        found = (reference.by_rows(*a, *b, group_m, jnp.float32) for a, *b in products)
+        return sum(found).astype(out_dtype)
+    groups, n, k = codes_GNK.shape
     return hopper.by_rows(
         *a,
         codes_GNK,
         scale_Gnk,
         group_starts(group_sizes_G, TILE),
         padded_sizes(group_sizes_G, TILE),
-        tiles=hopper.tiles_of(a.codes.shape[0], *codes_GNK.shape),
+        tuple((*a, *b) for a, *b in more),
+        tiles=hopper.tiles_of(a.codes.shape[0], groups, n, k * (1 + len(more))),
         cores=mosaic.target().cores,
         out_dtype=jnp.dtype(out_dtype),
     )

@@ -55,19 +55,22 @@ def by_rows(
     b_scale_Gnk,
     starts_G,
     padded_G,
+    more=(),
     *,
     tiles,
     cores,
     out_dtype,
     interpret=None,
 ):
-    """Rows of a group times its weight; rows of no group are not written."""
+    """Rows of a group times its weight; rows of no group are not written. `more` as in
+    matmul_fp8."""
     return block_scaled.matmul(
         a_codes_MK,
         b_codes_GNK,
         a_scale_kM,
         b_scale_Gnk,
         row_tiles(starts_G, padded_G, a_codes_MK.shape[0], tiles.rows),
+        more=[(a, b, a_scale, b_scale) for a, a_scale, b, b_scale in more],
         tiles=tiles,
         cores=cores,
         out_dtype=out_dtype,

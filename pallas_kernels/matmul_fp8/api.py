@@ -1,6 +1,7 @@
 """Block-scaled FP8 products: contracts, checks, the choice of implementation, the gradient."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ def matmul(
     codes_NK: Float[Array, "N K"],
     scale_nk: Float[Array, "n k"],
     *,
+    more: Sequence[tuple[Tiles, Array, Array]] = (),
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
     implementation: str | None = None,
 ) -> Float[Array, "M N"]:
@@ -23,25 +25,25 @@ def matmul(
 
     Operands as quantize_fp8 makes them: forward with a weight's codes and scale, the input gradient
     with its transposed ones. The result is rounded once, to bfloat16 or float32.
+
+    Args:
+      more: operands of further products, of the same shapes, that are added.
     """
     implementation = mosaic.choose(implementation, "matmul_fp8")
-    check_tiles("a", a)
-    check_blocks("b", codes_NK, scale_nk)
-    if a.codes.shape[1] != codes_NK.shape[1]:
-        raise ValueError(
-            f"a has K={a.codes.shape[1]} and b has K={codes_NK.shape[1]}: codes of a product with "
-            "the transposed weight are Blocks.transposed"
-        )
+    check_products(((a, codes_NK, scale_nk), *more))
     if out_dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"{out_dtype=} must be bfloat16 or float32")
     if implementation == "reference":
-        return reference.matmul(*a, codes_NK, scale_nk, out_dtype)
+        products = ((a, codes_NK, scale_nk), *more)
+        return sum(reference.matmul(*a, *b, jnp.float32) for a, *b in products).astype(out_dtype)
     cores = mosaic.target().cores
+    n, k = codes_NK.shape
     return hopper.matmul(
         *a,
         codes_NK,
         scale_nk,
-        tiles=hopper.tiles_of(a.codes.shape[0], *codes_NK.shape, cores),
+        tuple((*a, *b) for a, *b in more),
+        tiles=hopper.tiles_of(a.codes.shape[0], n, k * (1 + len(more)), cores),
         cores=cores,
         out_dtype=jnp.dtype(out_dtype),
     )
@@ -133,6 +135,24 @@ def _backward(accumulate, power_of_two, implementation, saved, dy_MN):
 
 
 linear.defvjp(_forward, _backward)
+
+
+def check_products(products: Sequence[tuple[Tiles, Array, Array]]):
+    """One ValueError for what is wrong with the operands of products that are added."""
+    for a, codes, scale in products:
+        check_tiles("a", a)
+        check_blocks("b", codes, scale)
+        if a.codes.shape[1] != codes.shape[-1]:
+            raise ValueError(
+                f"a has K={a.codes.shape[1]} and b has K={codes.shape[-1]}: codes of a product "
+                "with the transposed weight are Blocks.transposed"
+            )
+        first = products[0]
+        if (a.codes.shape, codes.shape) != (first[0].codes.shape, first[1].shape):
+            raise ValueError(
+                f"products of {a.codes.shape} and {codes.shape} cannot be added to those of "
+                f"{first[0].codes.shape} and {first[1].shape}"
+            )
 
 
 def check_tiles(name: str, x: Tiles):

@@ -92,14 +92,16 @@ def gradient_tiles_of(n: int, k: int) -> tile_scaled.Tiles:
 
 @functools.partial(jax.jit, static_argnames=("tiles", "cores", "out_dtype", "interpret"))
 def matmul(
-    a_codes_MK, a_scale_kM, b_codes_NK, b_scale_nk, *, tiles, cores, out_dtype, interpret=None
-):
-    """Tiles of 1 x 128 times blocks of 128 x 128."""
+    a_codes_MK, a_scale_kM, b_codes_NK, b_scale_nk, more=(), *, tiles, cores, out_dtype,
+    interpret=None,
+):  # fmt: skip
+    """Tiles of 1 x 128 times blocks of 128 x 128; of `more` the same four operands."""
     return block_scaled.matmul(
         a_codes_MK,
         b_codes_NK,
         a_scale_kM,
         b_scale_nk,
+        more=[(a, b, a_scale, b_scale) for a, a_scale, b, b_scale in more],
         tiles=tiles,
         cores=cores,
         out_dtype=out_dtype,

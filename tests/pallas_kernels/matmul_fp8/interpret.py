@@ -46,6 +46,23 @@ def main(case: str):
         operands, options["out_dtype"] = (*a, b_codes[0], b_scale[0]), jnp.bfloat16
         found = hopper.matmul(*operands, tiles=shape, **options)
         right = reference.matmul(*operands, jnp.bfloat16)
+    if case == "dense_sum":
+        shape = block_scaled.Tiles(1, 32, 3, 32, 1, pair=False, memory_registers=40, in_flight=2)
+        pairs = [(tiles(normal(40, 384), False), blocks(normal(1, 272, 384), False))
+                 for _ in range(2)]
+        first, second = [(*a, b_codes[0], b_scale[0]) for a, (b_codes, b_scale) in pairs]
+        options["out_dtype"] = jnp.bfloat16
+        found = hopper.matmul(*first, (second,), tiles=shape, **options)
+        right = sum(reference.matmul(*one, jnp.float32) for one in (first, second))
+    if case == "by_rows_sum":
+        shape = block_scaled.Tiles(3, 64, 2, band=2)
+        first, second = [
+            (*tiles(normal(640, 256), False), *blocks(normal(3, 144, 256), False)) for _ in range(2)
+        ]
+        options["out_dtype"] = jnp.bfloat16
+        found = grouped.by_rows(*first, *sizes, (second,), tiles=shape, **options)[:512]
+        right = sum(grouped_reference.by_rows(*one, group_m, jnp.float32)
+                    for one in (first, second))[:512]
     if case == "by_rows":
         shape = block_scaled.Tiles(3, 64, 2, band=2)
         operands = *tiles(normal(640, 128), False), *blocks(normal(3, 144, 128), False)

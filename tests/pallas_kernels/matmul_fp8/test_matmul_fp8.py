@@ -88,6 +88,18 @@ def test_error_of_the_product_is_that_of_the_format(data, k):
         assert relative_error(found, original) <= 1.05 * relative_error(right, original)
 
 
+def test_products_are_added_before_they_are_rounded():
+    pairs = [(jax.jit(quantize_tiles)(normal(i, (M, K))), quantize_blocks(normal(9 + i, (N, K))))
+             for i in range(2)]
+    (a, b), (c, d) = pairs
+    found = matmul(a, b.codes, b.scale, more=[(c, d.codes, d.scale)])
+    right = exact(a, b) + exact(c, d)
+    assert found.dtype == BF16
+    assert relative_error(found, right) < 2e-3
+    with pytest.raises(ValueError, match="cannot be added"):
+        matmul(a, b.codes, b.scale, more=[(c, d.codes[:16], d.scale[:1])])
+
+
 def test_nan_reaches_the_rows_that_it_belongs_to():
     x_MK, w_NK = normal(0, (M, K)).at[5, 7].set(jnp.nan), normal(1, (N, K))
     w = quantize_blocks(w_NK)
@@ -244,9 +256,10 @@ def test_bad_input_is_refused(bad, message):
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter needs jax >= 0.11")
-@pytest.mark.parametrize(
-    "case", ["dense", "in_flight", "by_rows", "by_contraction", "by_contraction_added"]
-)
+@pytest.mark.parametrize("case", [
+    "dense", "in_flight", "dense_sum", "by_rows", "by_rows_sum", "by_contraction",
+    "by_contraction_added",
+])  # fmt: skip
 def test_interpreted(case):
     # After an error the interpreter's process is of no use, so each case has its own.
     run = subprocess.run(
