@@ -1,19 +1,18 @@
-"""The feed-forward networks of the routed experts, on rows sorted by expert."""
+"""The feed-forward networks of the routed experts: rows sorted by expert in, tokens out."""
 
 import dataclasses
 import functools
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from deepseek_jax import fp8
 from deepseek_jax.fp8 import Quantized, QuantizedWeight
 from deepseek_jax.swiglu import gated_ffn_fp8, swiglu
 from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.logfmt import decode_logfmt, encode_logfmt
-from pallas_kernels.quantize_fp8 import quantize_tiles
-from sharding.expert_parallel import Path, Results, Wire, as_they_are, combine, dispatch, send
+from sharding.expert_parallel import Path, Results, as_they_are, combine, dispatch, send
 
 Weight = jax.Array | QuantizedWeight
 
@@ -22,24 +21,26 @@ def expert_ffn(
     x_MD: jax.Array | Quantized,
     weight_M: Float[Array, " M"],
     weights: tuple[Weight, Weight, Weight],
-    group_sizes_E: Int[Array, " E"],
+    path: Path,
     alignment: int,
-) -> Float[Array, "M D"]:
-    """weight_m W_down (SiLU(W_gate x_m) * W_up x_m) of each row, with the weights of its expert.
+) -> Float[Array, "T D"]:
+    """The sum over a token's rows of weight_m W_down (SiLU(W_gate x_m) * W_up x_m).
 
-    The routing weight is multiplied into the SwiGLU output, so combine is a plain sum.
+    The routing weight is multiplied into the SwiGLU output, so combine is a plain sum. In FP8 the
+    gradients of tokens go to the rows as codes and scales.
 
     Args:
-      weights: w_gate_EFD, w_up_EFD, w_down_EDF.
-      group_sizes_E: rows of each expert; groups start at multiples of `alignment`.
+      weights: w_gate_EFD, w_up_EFD, w_down_EDF; of each row those of its expert.
+      path: on which the rows came; groups of rows start at multiples of `alignment`.
     """
     w_gate_EFD, w_up_EFD, w_down_EDF = weights
+    sizes_E = path.rows.group_sizes_E
     if fp8.is_quantized(w_down_EDF):
-        return gated_ffn_fp8(x_MD, weights, weight_M, group_sizes_E)
-    matmul = functools.partial(grouped_matmul, group_sizes_G=group_sizes_E, alignment=alignment)
+        return gated_ffn_fp8(x_MD, weights, weight_M, sizes_E, path)
+    matmul = functools.partial(grouped_matmul, group_sizes_G=sizes_E, alignment=alignment)
     gate_MF = checkpoint_name(matmul(x_MD, w_gate_EFD), "ffn_hidden")
     up_MF = checkpoint_name(matmul(x_MD, w_up_EFD), "ffn_hidden")
-    return matmul(swiglu(gate_MF, up_MF, weight_M[:, None]), w_down_EDF)
+    return combine(matmul(swiglu(gate_MF, up_MF, weight_M[:, None]), w_down_EDF), path)
 
 
 def to_rows(x_TD: jax.Array | Quantized, path: Path) -> jax.Array | Quantized:
@@ -54,8 +55,7 @@ def to_rows(x_TD: jax.Array | Quantized, path: Path) -> jax.Array | Quantized:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _send_codes(hops, x_TD, codes, scale, layouts):
-    sent = send((codes, fp8.scales_to_words(scale)), Path(layouts, hops))
-    codes, scale = sent[0], fp8.words_to_scales(sent[1], scale.shape[-1])
+    codes, scale = fp8.from_wire(*send(fp8.to_wire(codes, scale), Path(layouts, hops)))
     # No product reads the values; the gradient of the rows belongs to them.
     return fp8.decode_tiles(codes, scale, x_TD.shape[-1]), codes, scale
 
@@ -83,27 +83,3 @@ def results_format(combine: str) -> Results:
         return decode_logfmt(sent, bits, y_MD.shape[-1], dtype=y_MD.dtype)
 
     return in_logfmt
-
-
-def to_tokens(y_MD: Float[Array, "M D"], path: Path, w_down: Weight) -> Float[Array, "T D"]:
-    """Sums each token's rows in BF16; in FP8 the gradients go the other way as codes and scales."""
-    if not isinstance(w_down, QuantizedWeight):
-        return combine(y_MD, path)
-
-    return combine(y_MD, path, fp8_wire(y_MD.shape[-1], w_down.implementation))
-
-
-def fp8_wire(width: int, implementation: str | None = None) -> Wire:
-    """BF16 values as codes and exponents of their scales."""
-
-    def encode(x_TD):
-        tiles = quantize_tiles(x_TD, power_of_two=True, implementation=implementation)
-        codes, scale = fp8.per_token(tiles, x_TD.shape[:1])
-        return codes, fp8.scales_to_words(scale)
-
-    def decode(sent):
-        codes, words = sent
-        scale = fp8.words_to_scales(words, codes.shape[-1] // fp8.TILE)
-        return fp8.decode_tiles(codes, scale, width)
-
-    return Wire(encode, decode)

@@ -302,6 +302,16 @@ def decode_tiles(codes: jax.Array, scale: jax.Array, width: int) -> jax.Array:
     return (blocks * scale[..., None]).reshape(codes.shape)[..., :width].astype(jnp.bfloat16)
 
 
+def to_wire(codes: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Codes and scales of tokens as they travel: of scales, which are powers of two, exponents."""
+    return codes, scales_to_words(scale)
+
+
+def from_wire(codes: jax.Array, words: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The inverse of `to_wire`."""
+    return codes, words_to_scales(words, codes.shape[-1] // TILE)
+
+
 def scales_to_words(scale: jax.Array) -> jax.Array:
     """Scales [..., k] of powers of two as they travel: bytes of their exponents, 4 in a word.
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from deepseek_jax import experts_in_place, few_rows, fp8
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.experts import expert_ffn, results_format, to_rows, to_tokens
+from deepseek_jax.experts import expert_ffn, results_format, to_rows
 from deepseek_jax.layers import FeedForward, RoutingBias, normal
 from deepseek_jax.linear import Activation
 from pallas_kernels.mosaic import target
@@ -240,8 +240,8 @@ def run_experts(
     x_MD = to_rows(x_TD, path)
     weight_M = dispatch_choices(weight_BTK.reshape(B * T, K), path)
     weights = (w_gate_EFD, w_up_EFD, w_down_EDF)
-    y_MD = expert_ffn(x_MD, weight_M, weights, path.rows.group_sizes_E, alignment)
-    return to_tokens(y_MD, path, w_down_EDF).reshape(B, T, D), path.lost
+    y_TD = expert_ffn(x_MD, weight_M, weights, path, alignment)
+    return y_TD.reshape(B, T, D), path.lost
 
 
 def placed(moe: MoE, expert_LP: np.ndarray) -> None:

@@ -26,10 +26,12 @@ from pallas_kernels.grouped_matmul_fp8.api import rows_of_blocks
 from pallas_kernels.quantize_fp8 import (
     Tiles,
     quantize_tiles,
+    retile,
     swiglu_gradient_tiles,
     swiglu_tiles,
 )
 from sharding import shard
+from sharding.expert_parallel import Path, combine, send
 
 # W_gate, W_up and W_down.
 Weights = tuple[QuantizedWeight, QuantizedWeight, QuantizedWeight]
@@ -57,9 +59,16 @@ def gated_ffn_fp8(
     weights: Weights,
     weight_M: jax.Array | None = None,
     group_sizes_G: jax.Array | None = None,
+    path: Path | None = None,
 ) -> jax.Array:
-    """The same of rows, those of experts sorted by group and with their routing weights."""
+    """The same of rows, those of experts sorted by group and with their routing weights.
+
+    With the path on which tokens came, each token gets the sum of its rows. Its gradient goes there
+    as codes, which are operands as they arrive.
+    """
+    layouts, hops = (None, ()) if path is None else path
     return _gated_ffn_fp8(
+        hops,
         options_of(weights[0]),
         x.x.reshape(-1, x.shape[-1]),
         weight_M,
@@ -67,16 +76,21 @@ def gated_ffn_fp8(
         dataclasses.replace(x, x=None),
         tuple(weight.blocks for weight in weights),
         group_sizes_G,
+        layouts,
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gated_ffn_fp8(options, x_MD, weight_M, targets, kept, blocks, group_sizes_G):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gated_ffn_fp8(hops, options, x_MD, weight_M, targets, kept, blocks, group_sizes_G, layouts):
     given = dict(
         counts_m=_real_rows(group_sizes_G, x_MD), implementation=options.implementation
     )
     hidden = swiglu_tiles(*_inputs(options, kept, blocks, group_sizes_G), weight_M, **given)
-    return multiply(hidden, blocks[2], group_sizes_G, options)
+    return _results(multiply(hidden, blocks[2], group_sizes_G, options), layouts, hops)
+
+
+def _results(y_MD, layouts, hops):
+    return y_MD if layouts is None else combine(y_MD, Path(layouts, hops))
 
 
 def _inputs(options, kept, blocks, group_sizes_G):
@@ -85,7 +99,7 @@ def _inputs(options, kept, blocks, group_sizes_G):
     return (multiply(rows, w, group_sizes_G, options) for w in blocks[:2])
 
 
-def _fwd(options, x_MD, weight_M, targets, kept, blocks, group_sizes_G):
+def _fwd(hops, options, x_MD, weight_M, targets, kept, blocks, group_sizes_G, layouts):
     given = dict(
         counts_m=_real_rows(group_sizes_G, x_MD), implementation=options.implementation
     )
@@ -94,35 +108,48 @@ def _fwd(options, x_MD, weight_M, targets, kept, blocks, group_sizes_G):
     y_MD = multiply(hidden, blocks[2], group_sizes_G, options)
     tiles = [fp8.kept_as("ffn_hidden", *fp8.per_token(x, x_MD.shape[:1])) for x in tiles]
     sums = tuple(saved_target(target, options) for target in targets)
-    return y_MD, (sums, fp8.as_bytes((kept, tiles, blocks)), weight_M, group_sizes_G)
+    saved = sums, fp8.as_bytes((kept, tiles, blocks)), weight_M, group_sizes_G, layouts
+    return _results(y_MD, layouts, hops), saved
 
 
-def _bwd(options, saved, dy_MD):
-    targets, codes, weight_M, group_sizes_G = saved
+def _bwd(hops, options, saved, dy):
+    targets, codes, weight_M, group_sizes_G, layouts = saved
     kept, tiles, (w_gate, w_up, w_down) = fp8.from_bytes(codes)
     given = dict(
-        counts_m=_real_rows(group_sizes_G, dy_MD), implementation=options.implementation
+        counts_m=_real_rows(group_sizes_G, tiles[0][0]), implementation=options.implementation
     )
-    # The gradients of experts' outputs arrive as codes with scales that are powers of two: this
-    # finds the same codes again.
+    width = dy.shape[1]
+    # In dispatch scales are powers of two, so that tiles by columns add no error.
     exact = group_sizes_G is not None
-    dy, dy_columns = quantize_tiles(dy_MD, by="both", power_of_two=exact, **given)
+    if layouts is None:
+        dy, dy_columns = quantize_tiles(dy, by="both", power_of_two=exact, **given)
+    else:
+        dy = send_tiles(dy, Path(layouts, hops), options.implementation)
+        dy_columns = retile(dy, width, power_of_two=exact, **given)
     dhidden_MF = multiply(dy, transposed(w_down), group_sizes_G, options)
     gate, up = (Tiles(codes, fp8.by_block(scale)) for codes, scale in tiles)
     d = swiglu_gradient_tiles(gate, up, dhidden_MF, weight_M, **given)
-    dx_MD = multiply(d.gate, transposed(w_gate), group_sizes_G, options)
-    dx_MD += multiply(d.up, transposed(w_up), group_sizes_G, options)
-    x_columns = fp8.by_columns(kept, dy_MD.shape[1], **given)
+    up_product = d.up, transposed(w_up)
+    dx_MD = multiply(d.gate, transposed(w_gate), group_sizes_G, options, up_product)
+    x_columns = fp8.by_columns(kept, width, **given)
     columns = (d.gate_columns, x_columns), (d.up_columns, x_columns), (dy_columns,
                                                                         d.product_columns)
     dw = tuple(
         weight_gradient(*operands, group_sizes_G, target, options)
         for operands, target in zip(columns, targets, strict=True)
     )
-    return dx_MD, d.weight_M, dw, None, None, None
+    return dx_MD, d.weight_M, dw, None, None, None, None
 
 
 _gated_ffn_fp8.defvjp(_fwd, _bwd)
+
+
+def send_tiles(x_TD: jax.Array, path: Path, implementation: str | None = None) -> Tiles:
+    """Tiles by rows of the rows of experts, quantised before they are sent; padding rows are 0."""
+    tiles = quantize_tiles(x_TD, power_of_two=True, implementation=implementation)
+    sent = send(fp8.to_wire(*fp8.per_token(tiles, x_TD.shape[:1])), path)
+    codes, scale = fp8.from_wire(*sent)
+    return Tiles(codes, fp8.by_block(scale))
 
 
 def _real_rows(group_sizes_G: jax.Array | None, x_MD: jax.Array) -> jax.Array | None:

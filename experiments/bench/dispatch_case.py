@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax import fp8
-from deepseek_jax.experts import fp8_wire
 from experiments.bench.children import answer
 from experiments.bench.kernel_run import brief
 from pallas_kernels.quantize_fp8 import quantize_tiles
@@ -25,6 +24,7 @@ from sharding.expert_parallel import (
     PLAIN,
     Hop,
     Layout,
+    Wire,
     axis_hops,
     combine,
     cross,
@@ -167,8 +167,12 @@ def over(hops: tuple[Hop, ...], function: Callable) -> Callable:
 
 def codes_of(x_TD: jax.Array, mesh) -> Any:
     """Codes, and scales of a power of two for each 128 values."""
-    encode = lambda x_TD: fp8.per_token(quantize_tiles(x_TD, power_of_two=True), x_TD.shape[:1])
-    return jax.jit(on_devices(encode, mesh, Scheme()))(x_TD)
+    return jax.jit(on_devices(tiles_of, mesh, Scheme()))(x_TD)
+
+
+def tiles_of(x_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same of one device's tokens."""
+    return fp8.per_token(quantize_tiles(x_TD, power_of_two=True), x_TD.shape[:1])
 
 
 def same(x):
@@ -177,14 +181,20 @@ def same(x):
 
 def to_words(tokens):
     """Codes and scales as they travel."""
-    codes, scale = tokens
-    return codes, fp8.scales_to_words(scale)
+    return fp8.to_wire(*tokens)
 
 
 def to_scales(rows):
     """The inverse."""
-    codes, words = rows
-    return codes, fp8.words_to_scales(words, codes.shape[-1] // TILE)
+    return fp8.from_wire(*rows)
+
+
+def fp8_wire(width: int) -> Wire:
+    """BF16 values that travel in FP8."""
+    return Wire(
+        lambda x_TD: to_words(tiles_of(x_TD)),
+        lambda sent: fp8.decode_tiles(*to_scales(sent), width),
+    )
 
 
 def random_values(rows: int, width: int, mesh) -> jax.Array:

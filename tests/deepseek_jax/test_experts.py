@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax import fp8
-from deepseek_jax.experts import fp8_wire, to_rows, to_tokens
+from deepseek_jax.experts import to_rows
+from deepseek_jax.swiglu import send_tiles
 from pallas_kernels.quantize_fp8 import quantize_tiles
 from sharding import make_mesh
 from sharding.expert_parallel import plan_path, send
@@ -25,10 +26,8 @@ def there(x_TD, g_TD, expert_TK, token_T1):
     """What arrives of tokens and of gradients, and whose it is."""
     path = plan_path(expert_TK, E, 128, held=E // 8)
     rows = to_rows(fp8.Quantized(x_TD, *tiles(x_TD), True), path)
-    zeros = jnp.zeros_like(rows.x)
-    w_down = fp8.QuantizedWeight(jnp.zeros(()), None)  # of which only the format matters
-    _, back = jax.vjp(lambda y_MD: to_tokens(y_MD, path, w_down), zeros)
-    return rows.x, rows.codes, back(g_TD)[0], send(token_T1 + 1, path)
+    gradients = fp8.per_token(send_tiles(g_TD, path), rows.x.shape[:1])
+    return rows.x, rows.codes, fp8.decode_tiles(*gradients, D), send(token_T1 + 1, path)
 
 
 @pytest.mark.parametrize("nodes", [1, 4], ids=["one-hop", "two-hops"])
@@ -54,7 +53,8 @@ def test_tokens_and_gradients_arrive_as_one_device_would_quantise_them(nodes):
 
 
 def test_dispatch_in_fp8_takes_little_more_than_half_the_bytes():
-    sent = jax.eval_shape(fp8_wire(7168).encode, jax.ShapeDtypeStruct((64, 7168), jnp.bfloat16))
+    encode = lambda x_TD: fp8.to_wire(*tiles(x_TD))
+    sent = jax.eval_shape(encode, jax.ShapeDtypeStruct((64, 7168), jnp.bfloat16))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in sent)
     assert size / (64 * 7168 * 2) <= 0.505
 

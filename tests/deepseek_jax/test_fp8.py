@@ -10,9 +10,8 @@ import pytest
 
 from deepseek_jax import fp8
 from deepseek_jax.e5m6 import E5M6, decode_e5m6, encode_e5m6, to_e5m6
-from deepseek_jax.experts import expert_ffn
 from deepseek_jax.linear import linear
-from deepseek_jax.swiglu import gated_ffn
+from deepseek_jax.swiglu import gated_ffn, gated_ffn_fp8
 from tests.deepseek_jax import fp8_emulation as emulation
 from tests.oracle.reference import QUICK, float64
 
@@ -243,7 +242,7 @@ def experts():
     def run(x, weight_M, *targets):
         given = [dataclasses.replace(w, target=t) for w, t in zip(weights, targets, strict=True)]
         kept = dataclasses.replace(tiles, x=x)
-        return expert_ffn(kept, weight_M, tuple(given), jnp.asarray(sizes), 128)
+        return gated_ffn_fp8(kept, tuple(given), weight_M, jnp.asarray(sizes))
 
     actual = pulled(run, x, weight_M, *masters, dy.at[padding].set(jnp.nan))
     expected = [

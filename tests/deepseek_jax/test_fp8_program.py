@@ -53,15 +53,24 @@ def matrices():
     return [jax.tree.map(one, leaf) for leaf in leaves if fp8.is_quantized(leaf)]
 
 
-def shapes(program, names, index, loop):
-    """How often kernels of these names have an operand (or a result) of each shape in a loop."""
+def shapes(program, names, arrays, loop):
+    """How often kernels of these names have such operands or results of each shape in a loop."""
     found = Counter()
     for call in program:
         if call.name in names and call.loops[:1] == ("micro",) and loop in call.loops:
-            aval = call.results[0] if index is None else call.operands[index]
-            # A dense gradient leaves as a group of one.
-            found[aval.shape[1:] if aval.shape[0] == 1 else aval.shape] += 1
+            for aval in arrays(call):
+                # A dense gradient leaves as a group of one.
+                found[aval.shape[1:] if aval.shape[0] == 1 else aval.shape] += 1
     return found
+
+
+def weights_of(call):
+    """Of a product, or of products that one kernel adds: activations and weights alternate."""
+    return [a for a in call.operands if a.dtype == F8][1::2]
+
+
+def gradient_of(call):
+    return call.results[:1]
 
 
 PRODUCTS = ("matmul_fp8", "grouped_matmul_fp8_by_rows")
@@ -71,12 +80,12 @@ GRADIENTS = ("weight_gradient_fp8", "grouped_matmul_fp8_by_contraction")
 def test_every_matrix_is_multiplied_in_fp8_forward_and_backward(program):
     weights = matrices()
     assert len(weights) == 8 + 11  # a dense layer and a MoE layer
-    forward = shapes(program, PRODUCTS, 1, "layers")
+    forward = shapes(program, PRODUCTS, weights_of, "layers")
     assert forward == Counter(w.blocks.codes.shape for w in weights)
-    backward = shapes(program, PRODUCTS, 1, "reverse")
+    backward = shapes(program, PRODUCTS, weights_of, "reverse")
     assert backward >= Counter(w.blocks.transposed.shape for w in weights)
     padded = lambda w: (*w.blocks.codes.shape[:-1], w.blocks.transposed.shape[-2])
-    assert shapes(program, GRADIENTS, None, "reverse") == Counter(map(padded, weights))
+    assert shapes(program, GRADIENTS, gradient_of, "reverse") == Counter(map(padded, weights))
 
 
 def test_products_take_fp8_and_sum_in_fp32(program):
