@@ -399,6 +399,11 @@ def hop_rows(setup: Setup) -> list[tuple[str, tuple[int, int], int]]:
     return found
 
 
+def token_bytes(config: ModelConfig) -> int:
+    """Of a token on its way to experts in FP8: codes, and exponents of scales in words of four."""
+    return config.model_dim + 16 * math.ceil(config.model_dim / TILE / 16)
+
+
 def expert_transfers(setup: Setup) -> list[Transfer]:
     """Dispatch and combine, forward and backward; work that does not need them is not at hand."""
     config, size, remat = setup.run.config, itemsize(setup), setup.run.remat
@@ -407,12 +412,12 @@ def expert_transfers(setup: Setup) -> list[Transfer]:
     # What is combined in an MTP module is computed again for the norm behind it.
     again = setup.accumulation * (moe - config.num_moe_layers) if remat != "none" else 0
     D, K = config.model_dim, config.experts_per_token
-    codes = D + 4 * (D // 128) if is_fp8(setup) else D * size
+    codes = token_bytes(config) if is_fp8(setup) else D * size
     # Forward, the gradient that goes back through combine, and once more where it is not kept.
     sends = 3 if remat in ("attention", "full") else 2
-    # Ids and routing weights go out with the tokens, again if the path is not kept; the
-    # gradients of the routing weights come back.
-    lists = 3 if remat == "none" else 5
+    # Ids and routing weights go out, the weights again where remat does not keep them and the ids
+    # where it does not keep the path; the gradients of the routing weights come back.
+    lists = {"none": 3, "paper": 4}.get(remat, 5)
     found = []
     for name, group, rows in hop_rows(setup):
         for part, size_of_one, count in (

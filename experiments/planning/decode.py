@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deepseek_jax.config import Run
+from experiments.planning.budget import token_bytes
 from experiments.planning.choose import REACHED
 from experiments.planning.setup import divisors, mesh_name, refusal
 from experiments.planning.weights import Weight, shards, weights
@@ -103,7 +104,7 @@ def exchange_seconds(run: Run, cluster: Cluster, mesh: Mapping[str, int], batch:
     if ranks == 1 or config.num_moe_layers == 0:
         return 0.0
     D = config.model_dim
-    out = D + 4 * D / 128 if run.precision.matmul == "fp8" else 2 * D
+    out = token_bytes(config) if run.precision.matmul == "fp8" else 2 * D
     inside = members_in_node(("expert",), mesh, hardware.node)
     sent = batch * config.experts_per_token * (out + 2 * D)
     outer, inner = sent * (ranks - inside) / ranks, sent * (inside - 1) / ranks
