@@ -63,10 +63,13 @@ def join(run: Run, params: Tree, biases: Tree) -> Model:
 
 def init_state(run: Run, mesh: jax.sharding.Mesh | None = None) -> TrainState:
     """The state before the first step; with a mesh, made directly in its shards."""
-    if mesh is None:
-        return jax.jit(lambda: _init(run))()
+    return make_init(run, mesh)()
+
+
+def make_init(run: Run, mesh: jax.sharding.Mesh | None = None) -> Callable[[], TrainState]:
+    """The jitted program that makes the state before the first step."""
     init = under_mesh(lambda: _init(run), mesh)
-    return jax.jit(init, out_shardings=state_shardings(run, mesh))()
+    return jax.jit(init, out_shardings=None if mesh is None else state_shardings(run, mesh))
 
 
 def abstract_state(run: Run) -> TrainState:

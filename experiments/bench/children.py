@@ -72,17 +72,27 @@ def several(processes: int, words: Sequence[str]) -> int:
     return supervise(group(processes), ["-m", *words])
 
 
-def answer(module: str, work: Callable[[Row], Row], path: str, processes: str = "1") -> None:
+def answer(
+    module: str,
+    work: Callable[[Row], Row],
+    path: str,
+    processes: str = "1",
+    *,
+    prepare: Callable[[list[Row]], list[Row]] = lambda cases: cases,
+) -> None:
     """What the program `module` does when called: a line of JSON for each case of a file.
 
     A case whose work fails says so. With more than one process it starts them, and they answer.
+
+    Args:
+      prepare: what is done with all cases before the first; gives them in the order of the work.
     """
     place = here()
     if int(processes) > 1 and place is None:
         raise SystemExit(several(int(processes), [module, *sys.argv[1:]]))
     if place is not None:
         join(place)
-    for case in json.loads(Path(path).read_text()):
+    for case in prepare(json.loads(Path(path).read_text())):
         try:
             found = work(case)
         except Exception as error:
@@ -90,6 +100,16 @@ def answer(module: str, work: Callable[[Row], Row], path: str, processes: str = 
         if is_first():
             print(json.dumps({"key": case["key"], **found}), flush=True)
         gc.collect()
+
+
+def attempt(work: Callable[[Any], Any], operand: Any) -> Any:
+    """A result, or the exception that came instead, of this or of what the operand was to be."""
+    if isinstance(operand, Exception):
+        return operand
+    try:
+        return work(operand)
+    except Exception as error:
+        return error
 
 
 class Child:

@@ -3,8 +3,8 @@
 import dataclasses
 import os
 import statistics
+import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +18,7 @@ from experiments.bench import mesh_report
 from experiments.bench.children import Row, devices_of_host
 from experiments.bench.kernel_run import brief
 from experiments.bench.mesh_cases import Case, cases, cluster_of, legal_meshes
-from experiments.bench.mesh_run import compile_all, environment, measure_all
+from experiments.bench.mesh_run import environment, run_all
 from experiments.bench.train import benchmark_run
 from experiments.planning import targets
 from experiments.planning.compile import compile_setup
@@ -28,7 +28,6 @@ from sharding.hardware import Cluster
 
 # The model whose losses are compared in FP32, where rounding cannot hide a wrong sum.
 SMALL = "tiny"
-COMPILE_SECONDS = 240
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class BenchMeshArgs:
     processes: tuple[int, ...] = (1,)
     """1: one process has all devices. More: meshes are run by so many processes too."""
     plan: bool = True
-    """Compile for the absent device as well, as `plan` does: the GiB planned."""
+    """In the time left, compile as `plan` does, for a device that is absent: the GiB planned."""
     jobs: int = dataclasses.field(default_factory=lambda: max(1, (os.cpu_count() or 2) // 2))
     """Processes that compile side by side."""
     case_limit: float = 100
@@ -84,29 +83,34 @@ def bench_mesh(args: BenchMeshArgs) -> None:
         )
     print(f"{len(chosen)} steps on {host['count']} x {host['kind']}", file=sys.stderr, flush=True)
     cards = cards_of(host) if host["platform"] == "gpu" else ("",)
-    with tempfile.TemporaryDirectory() as cache:
-        env = environment(Path(cache))
-        # Half of the time stays for measuring.
-        planned, sizes = prepare(args, chosen, env, (time.monotonic() + until) / 2, cards)
-        found = measure_all(
-            [case for case in chosen if not exceeds(case, planned.get(case.key))],
-            env,
-            sizes,
-            limit=args.case_limit,
-            until=until,
-            cards=cards,
-            say=say,
-        )
-    rows = mesh_report.rows(chosen, found, planned)
-    exposed, verdicts = mesh_report.exposed(chosen, found), mesh_report.verdicts(rows)
-    origin = {**mesh_report.origin(host), "recipe": args.recipe, "remat": args.remat,
-              "seconds": round(time.monotonic() - began)}  # fmt: skip
-    mesh_report.show(rows, exposed, verdicts, origin)
-    if args.json is not None:
-        tables = {"rows": rows, "exposed": exposed, "verdicts": verdicts, "measured": found}
-        write_json(args.json, {**origin, **tables})
-    if args.picture is not None:
-        args.picture.write_text(mesh_report.picture(rows) + "\n")
+    measured: dict[str, Row] = {}
+    planned: dict[str, Row] = {}
+
+    def report() -> dict[str, Any]:
+        """What is known by now, in the files too."""
+        rows = mesh_report.rows(chosen, measured, planned)
+        made = {
+            **mesh_report.origin(host), "recipe": args.recipe, "remat": args.remat,
+            "seconds": round(time.monotonic() - began), "rows": rows,
+            "exposed": mesh_report.exposed(chosen, measured),
+            "verdicts": mesh_report.verdicts(rows), "measured": measured,
+        }  # fmt: skip
+        if args.json is not None:
+            write_json(args.json, made)
+        if args.picture is not None:
+            args.picture.write_text(mesh_report.picture(rows) + "\n")
+        return made
+
+    def found(case: Case, row: Row) -> None:
+        measured[case.key] = row
+        say(case, row)
+        report()
+
+    with environment() as env:
+        run_all(chosen, env, jobs=args.jobs, limit=args.case_limit, until=until, cards=cards,
+                found=found)  # fmt: skip
+    plan_all(args, [case for case in chosen if "seconds" in measured[case.key]], planned, until)
+    mesh_report.show(report())
 
 
 def check_devices(args: BenchMeshArgs, host: Mapping[str, Any]) -> int:
@@ -166,53 +170,26 @@ def runnable(case: Case) -> bool:
     return case.refusal is None
 
 
-def prepare(
-    args: BenchMeshArgs,
-    chosen: Sequence[Case],
-    env: dict[str, str],
-    until: float,
-    cards: Sequence[str],
-) -> tuple[dict[str, Row], dict[str, int]]:
-    """Fills the cache of programs, and meanwhile plans each step.
-
-    Returns what the plans say, and the bytes that the programs need, by key.
-    """
-    target = chosen[0].setup.cluster.accelerator.platform
-    missing = targets.missing(target) if args.plan else "--no-plan"
-    planned: dict[str, Row] = {}
+def plan_all(
+    args: BenchMeshArgs, cases: Sequence[Case], planned: dict[str, Row], until: float
+) -> None:
+    """Compiles steps once more, as `plan` does for a device that is absent, in the time left."""
+    todo = [case for case in cases if case.recipe != SMALL and case.processes == 1]
+    target = todo[0].setup.cluster.accelerator.platform if todo else "cpu"
+    if not args.plan or not todo or targets.missing(target) is not None:
+        return
 
     def plan(case: Case) -> None:
-        limit = min(COMPILE_SECONDS, until - time.monotonic())
-        if limit <= 0:
-            planned[case.key] = {"error": "not planned: out of time"}
-            return
         try:
-            compiled = compile_setup(case.setup, target, limit=limit)
-            planned[case.key] = {"bytes": compiled.peak, "refused": compiled.refused}
+            compiled = compile_setup(case.setup, target, limit=max(until - time.monotonic(), 0.1))
+            planned[case.key] = {"bytes": compiled.peak}
+        except subprocess.TimeoutExpired:
+            planned[case.key] = {"note": "not planned: out of time"}
         except Exception as error:
-            planned[case.key] = {"error": f"not planned: {brief(error)}"}
+            planned[case.key] = {"note": f"not planned: {brief(error)}"}
 
     with ThreadPoolExecutor(max_workers=args.jobs) as pool:
-        todo = [case for case in chosen if missing is None and case.recipe != SMALL
-                and case.processes == 1]  # fmt: skip
-        futures = [pool.submit(plan, case) for case in todo]
-        alone = [case for case in chosen if case.processes == 1]
-        found = compile_all(
-            alone, env, jobs=args.jobs, limit=COMPILE_SECONDS, until=until, cards=cards
-        )
-        for future in futures:
-            future.result()
-    return planned, {key: row.get("compiled", 0) for key, row in found.items()}
-
-
-def exceeds(case: Case, planned: Row | None) -> bool:
-    """Whether the plan says that the device has too little memory; the row then says so."""
-    has = case.setup.cluster.accelerator.memory
-    needed = (planned or {}).get("bytes") or 0
-    if needed > has:
-        planned["error"] = f"not run: planned {needed / 2**30:.1f} GiB of {has / 2**30:.0f}"
-        say(case, planned)
-    return needed > has
+        list(pool.map(plan, todo))
 
 
 def cards_of(host: Mapping[str, Any]) -> Sequence[str]:

@@ -1,39 +1,94 @@
-"""What a process of `bench mesh` does: compiles train steps on meshes, or runs them one by one.
+"""What a process of `bench mesh` does: compiles train steps on meshes, waits, and runs them.
 
-`python -m experiments.bench.mesh_case WORD FILE [PROCESSES]` writes one line of JSON for each case
-of the file; WORD is `compile` or `measure`.
+`python -m experiments.bench.mesh_case COMPILE MEASURE FILE [PROCESSES]` writes a line of JSON for
+each case of the file when all are compiled, and one more when it has run, the smallest first. It
+compiles as soon as the file COMPILE exists and runs as soon as MEASURE does; - is not waited for.
 """
 
+import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from deepseek_jax.training import init_state, make_train_step
-from experiments.bench.children import answer
+from deepseek_jax.training import make_init, make_train_step
+from experiments.bench.children import Row, answer, attempt
 from experiments.bench.exposed import collectives, waits
 from experiments.bench.kernel_run import brief
 from experiments.bench.kernels import traced
 from experiments.planning.compile import abstract_arguments, setup_of
 from experiments.planning.setup import Setup
+from experiments.processes import is_first
 from experiments.train import planned_bytes
 from sharding.mesh import make_mesh
 from sharding.replicas import differing_replicas
 
+NO_TURN = "-"
 WARM_UP = 2
+
+
+class Program(NamedTuple):
+    """The step of a setup and what makes its first state, lowered or compiled."""
+
+    mesh: jax.sharding.Mesh
+    step: Any
+    init: Any
+    tokens: jax.ShapeDtypeStruct  # knows where a batch lies
+
+    def compiled(self) -> "Program":
+        return self._replace(step=self.step.compile(), init=self.init.compile())
+
+    @property
+    def bytes(self) -> int:
+        """What the step holds at once on a device."""
+        return planned_bytes(self.step)
 
 
 def main() -> None:
     """The words of the command line."""
-    word, path, *count = sys.argv[1:]
-    answer(__spec__.name, compiled if word == "compile" else measured, path, *count)
+    compile_turn, measure_turn, path, *count = sys.argv[1:]
+    programs: dict[str, Program | Exception] = {}
+
+    def prepare(cases: list[Row]) -> list[Row]:
+        lower = lambda case: lowered(setup_of(case["setup"]))
+        found = [attempt(lower, case) for case in cases]
+        wait_for(compile_turn)
+        began = time.perf_counter()
+        # XLA compiles without Python's lock.
+        with ThreadPoolExecutor(len(cases)) as pool:
+            found = list(pool.map(lambda program: attempt(Program.compiled, program), found))
+        programs.update(zip((case["key"] for case in cases), found, strict=True))
+        seconds = time.perf_counter() - began
+        for key, program in programs.items():
+            size = 0 if isinstance(program, Exception) else program.bytes
+            if is_first():
+                row = {"key": key, "compiled": size, "compile seconds": seconds}
+                print(json.dumps(row), flush=True)
+        wait_for(measure_turn)
+        # The peak of a process is then that of the last case that has run.
+        return sorted(cases, key=lambda case: getattr(programs[case["key"]], "bytes", 0))
+
+    work = lambda case: measured(case, programs[case["key"]])
+    answer(__spec__.name, work, path, *count, prepare=prepare)
 
 
-def program(setup: Setup) -> tuple[jax.sharding.Mesh, Any, Any]:
-    """The mesh, the compiled step, and the batch as a shape that knows where it lies."""
+def wait_for(turn: str) -> None:
+    """Until the file is there; ends the process if its parent has."""
+    parent = os.getppid()
+    while turn != NO_TURN and not Path(turn).exists():
+        if os.getppid() != parent:
+            raise SystemExit("the process that waits for the results has ended")
+        time.sleep(0.05)
+
+
+def lowered(setup: Setup) -> Program:
+    """The programs of a setup on the first devices of this process."""
     devices = jax.devices()
     if len(devices) < setup.cluster.devices:
         raise ValueError(
@@ -41,27 +96,25 @@ def program(setup: Setup) -> tuple[jax.sharding.Mesh, Any, Any]:
         )
     mesh = make_mesh(devices[: setup.cluster.devices], **setup.mesh)
     state, batch = abstract_arguments(setup, mesh)
-    step = make_train_step(setup.run, mesh, setup.scheme).lower(state, batch).compile()
-    return mesh, step, batch["tokens"]
+    step = make_train_step(setup.run, mesh, setup.scheme).lower(state, batch)
+    return Program(mesh, step, make_init(setup.run, mesh).lower(), batch["tokens"])
 
 
-def compiled(case: dict[str, Any]) -> dict[str, Any]:
-    """Fills the cache of programs that `measured` finds them in."""
-    began = time.perf_counter()
-    _, step, _ = program(setup_of(case["setup"]))
-    return {"compiled": planned_bytes(step), "seconds": time.perf_counter() - began}
-
-
-def measured(case: dict[str, Any]) -> dict[str, Any]:
+def measured(case: Row, program: Program | Exception) -> Row:
     """Seconds and losses of steps, expert counts of the first, memory, replicas, a profile."""
-    setup = setup_of(case["setup"])
-    began = time.perf_counter()
-    mesh, step, where = program(setup)
-    found: dict[str, Any] = {"compiled": planned_bytes(step), "seconds": [], "losses": []}
-    found["compile seconds"] = time.perf_counter() - began
+    if isinstance(program, Exception):
+        raise program
+    setup, mesh, step = setup_of(case["setup"]), program.mesh, program.step
+    needed, has = program.bytes, setup.cluster.accelerator.memory
+    if needed > has:
+        raise ValueError(
+            f"not run: the compiled step needs {needed / 2**30:.1f} GiB, "
+            f"a device has {has / 2**30:.0f}"
+        )
+    found: Row = {"compiled": needed, "seconds": [], "losses": []}
     before = peak()
-    state = init_state(setup.run, mesh)
-    for batch in batches(setup, where, case["steps"]):
+    state = program.init()
+    for batch in batches(setup, program.tokens, case["steps"]):
         began = time.perf_counter()
         state, metrics = step(state, batch)
         jax.block_until_ready((state, metrics))
@@ -107,7 +160,7 @@ def batches(setup: Setup, where: jax.ShapeDtypeStruct, steps: int) -> Iterator[d
         yield {"tokens": jax.block_until_ready(placed)}
 
 
-def profile(step: Callable[[], Any], compiled_step: Any, setup: Setup) -> dict[str, Any] | None:
+def profile(step: Callable[[], Any], compiled_step: Any, setup: Setup) -> Row | None:
     """Communication in one step; None where the profiler sees no GPU. The state is used up."""
     events = traced(lambda: jax.block_until_ready(step()))
     found = waits(events, collectives(compiled_step.as_text(), setup.mesh))

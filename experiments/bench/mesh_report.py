@@ -54,7 +54,7 @@ def row(
         "processes": case.processes,
         "micro-batch": case.sequences,
     }
-    found = found or {"error": planned.get("error", "not run")}
+    found = found or {"error": "not yet run"}
     seconds = statistics.median(found["seconds"]) if found.get("seconds") else None
     measured, expected = found.get("peak"), planned.get("bytes")
     made |= {
@@ -81,7 +81,7 @@ def row(
         made["of choices"] = int(counts[1].sum())
     if case.role == "mesh":
         made["replicas differ"] = found.get("differing")
-    made["note"] = found.get("error") or found.get("note") or planned.get("error")
+    made["note"] = found.get("error") or found.get("note") or planned.get("note")
     return made
 
 
@@ -127,12 +127,13 @@ def verdicts(rows: Sequence[Row]) -> list[Row]:
             name = f"weak scaling in {r['precision']}, {r['mesh']}"
             name += f", {r['processes']} processes" if r["processes"] > 1 else ""
             made.append(verdict(name, r["efficiency"], least))
-    memory = [(abs(r["GiB"] / r["GiB planned"] - 1), r) for r in rows
-              if r["GiB"] and r["GiB planned"]]  # fmt: skip
-    if memory:
-        off, worst = max(memory, key=lambda item: item[0])
-        made.append(verdict(f"memory beside the plan, worst {worst['precision']} {worst['mesh']}",
-                            off, 0.05, most=True))  # fmt: skip
+    # The plan is made without the device, the program with it.
+    for name, column in (("the plan", "GiB planned"), ("the compiled program", "GiB compiled")):
+        memory = [(abs(r["GiB"] / r[column] - 1), r) for r in rows if r["GiB"] and r[column]]
+        if memory:
+            off, worst = max(memory, key=lambda item: item[0])
+            name = f"memory beside {name}, worst {worst['precision']} {worst['mesh']}"
+            made.append(verdict(name, off, 0.05, most=True))
     ranked = ranked_rows(rows)
     if len(ranked) > 2:
         rank = spearman([r["ms predicted"] for r in ranked], [r["ms"] for r in ranked])
@@ -153,9 +154,11 @@ def origin(host: Mapping[str, Any]) -> Row:
             "date": datetime.date.today().isoformat()}  # fmt: skip
 
 
-def show(rows: Sequence[Row], exposed: Sequence[Row], verdicts: Sequence[Row], origin: Row) -> None:
+def show(report: Row) -> None:
     """Prints the tables; columns that hold nothing are left out, notes come last."""
-    title = "bench mesh, " + ", ".join(str(value) for value in origin.values() if value)
+    rows, exposed, verdicts = (report[name] for name in ("rows", "exposed", "verdicts"))
+    origin = [value for value in report.values() if value and not isinstance(value, list | dict)]
+    title = "bench mesh, " + ", ".join(map(str, origin))
     names = list(dict.fromkeys(name for row in rows for name in row))
     names = [n for n in names if any(row.get(n) is not None for row in rows)]
     names.sort(key=lambda name: name == "note")
