@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax import fp8
-from experiments.bench.children import answer
+from experiments.bench.children import Row, answer, attempt
 from experiments.bench.kernel_run import brief
 from pallas_kernels.quantize_fp8 import quantize_tiles
 from sharding.expert_parallel import (
@@ -38,6 +38,7 @@ from sharding.parts import on_parts, placing
 from sharding.placement import Scheme
 
 TILE, GROUPS, KEPT = 128, 8, 4
+AHEAD = 8  # cases whose programs are compiled together
 ROUNDS = 5
 # A program repeats what it times for so many seconds, if it goes at so many bytes a second: what
 # starts it is then too short to count.
@@ -54,18 +55,43 @@ class Direction(NamedTuple):
     bytes: float  # of the buffers of a device, or of their rows that travel
 
 
+class Begun(NamedTuple):
+    """A case whose programs are compiled, or will be."""
+
+    layouts: tuple[Layout, ...]
+    filled: list[float]  # how full the buffers of hops are
+    directions: Mapping[str, Direction]
+    repeats: Mapping[str, int]
+    programs: Mapping[str, Future]
+
+
 def main() -> None:
     """The file's cases, one after the other; one that fails says so."""
     path, *count = sys.argv[1:]
-    answer(__spec__.name, timed, path, *count)
+    rest: list[Row] = []
+    begun: dict[str, Begun | Exception] = {}
+
+    def prepare(cases: list[Row]) -> list[Row]:
+        rest.extend(cases)
+        return cases
+
+    def work(case: Row) -> Row:
+        if case["key"] not in begun:
+            # Several at once, and nothing compiles while one is timed.
+            with ThreadPoolExecutor() as pool:
+                for later in rest[:AHEAD]:
+                    begun[later["key"]] = attempt(lambda case: begin(case, pool), later)
+            del rest[:AHEAD]
+        return timed(begun.pop(case["key"]))
+
+    answer(__spec__.name, work, path, *count, prepare=prepare)
 
 
-def timed(case: Words) -> dict[str, Any]:
-    """Microseconds, bytes and errors of each direction, and how full the buffers of hops are."""
+def begin(case: Words, pool: ThreadPoolExecutor) -> Begun:
+    """Lays out random tokens, and has the pool compile what is to be timed."""
     mesh = make_mesh(expert=jax.device_count())
     scheme = Scheme(expert_nodes=case["nodes"], room=case["room"], ragged=case["ragged"])
     layouts, filled = planned(case, mesh, scheme)
-    found: dict[str, Any] = {"filled": filled, "us": {}, "bytes": {}, "errors": {}}
     chosen = {name: direction for name, direction in
               directions(case, mesh, layouts, filled).items() if name in case["directions"]}
     repeats = {name: times(direction.bytes) for name, direction in chosen.items()}
@@ -79,13 +105,20 @@ def timed(case: Words) -> dict[str, Any]:
         return program.lower(operands, layouts).compile()
 
     # XLA compiles without Python's lock.
-    with ThreadPoolExecutor(len(chosen)) as pool:
-        programs = {name: pool.submit(compiled, name) for name in chosen}
-    for name, direction in chosen.items():
+    programs = {name: pool.submit(compiled, name) for name in chosen}
+    return Begun(layouts, filled, chosen, repeats, programs)
+
+
+def timed(begun: Begun | Exception) -> Row:
+    """Microseconds, bytes and errors of each direction."""
+    if isinstance(begun, Exception):
+        raise begun
+    found: Row = {"filled": begun.filled, "us": {}, "bytes": {}, "errors": {}}
+    for name, direction in begun.directions.items():
         try:
-            run, operands = programs[name].result(), direction.operands()
-            taken = seconds(lambda run=run, operands=operands: run(operands, layouts))
-            found["us"][name] = 1e6 * taken / repeats[name]
+            run, operands = begun.programs[name].result(), direction.operands()
+            taken = seconds(lambda run=run, operands=operands: run(operands, begun.layouts))
+            found["us"][name] = 1e6 * taken / begun.repeats[name]
             found["bytes"][name] = direction.bytes
         except Exception as error:
             found["errors"][name] = brief(error)

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
 import pytest
 
-from experiments.bench import dispatch, dispatch_case
+from experiments.bench import children, dispatch, dispatch_case
 from experiments.bench.dispatch import ALL, BenchDispatchArgs
 from sharding.mesh import make_mesh
 from sharding.parts import placing
@@ -67,11 +70,23 @@ def test_each_direction_is_timed(monkeypatch, compile_cache):
     monkeypatch.setattr(dispatch_case, "make_mesh", lambda **sizes: make_mesh(
         jax.devices()[:2], **sizes))  # fmt: skip
     monkeypatch.setattr(dispatch_case, "times", lambda _: 2)
-    found = json.loads(json.dumps(dispatch_case.timed(WORDS)))
-    assert set(found["us"]) == set(ALL) and found["errors"] == {}
-    assert all(us > 0 for us in found["us"].values())
-    with pytest.raises(jax.errors.JaxRuntimeError, match="ragged-all-to-all"):
-        dispatch_case.timed({**WORDS, "ragged": True})
+    with ThreadPoolExecutor() as pool:
+        found = json.loads(json.dumps(dispatch_case.timed(dispatch_case.begin(WORDS, pool))))
+        assert set(found["us"]) == set(ALL) and found["errors"] == {}
+        assert all(us > 0 for us in found["us"].values())
+        with pytest.raises(jax.errors.JaxRuntimeError, match="ragged-all-to-all"):
+            dispatch_case.begin({**WORDS, "ragged": True}, pool)
+
+
+@pytest.mark.slow
+def test_a_process_times_its_cases_and_says_which_cannot_be_run(tmp_path):
+    cases = [dispatch.Case(2048, tokens, path, "bf16", ("combine",), 1, 1)
+             for tokens, path in ((16, "padded"), (16, "ragged"), (32, "padded"))]  # fmt: skip
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    rows = [row for _, row in children.run_cases(
+        dispatch.COMMAND, cases, env, limit=200, until=time.monotonic() + 200)]  # fmt: skip
+    assert [row.get("us", {}).keys() == {"combine"} for row in rows] == [True, False, True]
+    assert "ragged-all-to-all" in rows[1]["error"]
 
 
 def test_two_hops_need_nodes_of_several_devices():
