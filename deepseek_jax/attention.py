@@ -67,7 +67,7 @@ class Attention(nnx.Module):
             o_BTNU = expanded(self, q_BTNA, content_BTC, rotary_BTR, segments_BT)
             kept = latent_BTY
         else:
-            kept = cache.append(latent_BTY, start_B)
+            kept = cache.append(few_rows.in_order(latent_BTY), start_B)
             o_BTNU = absorbed(self, q_BTNA, kept.read(q_BTNA.dtype), start_B)
         return shard(linear("BTNU,DNU->BTD", o_BTNU, self.wo_DNU[...]), "BTD"), kept
 
@@ -180,18 +180,16 @@ def absorbed(attention: Attention, q_BTNA, cache_BSY, start_B) -> Activation:
     wkv_b_NXC = fp8.plain(attention.wkv_b_NXC[...], q_BTNA.dtype)
     w_k_NHC, w_v_NUC = jnp.split(wkv_b_NXC, [config.content_head_dim], axis=1)
     q_BTNH, q_BTNR = jnp.split(q_BTNA, [config.content_head_dim], axis=-1)
-    q_BTNC = jnp.einsum("BTNH,NHC->BTNC", q_BTNH, w_k_NHC)
-    q_BTNY = jnp.concatenate((q_BTNC, q_BTNR), axis=-1)
     T, S = q_BTNA.shape[1], cache_BSY.shape[1]
+    few = few_rows.is_little_attention(q_BTNA, cache_BSY)
+    einsum = few_rows.einsum_in_sums if few else jnp.einsum
+    look = look_in_sums if few else look_in_products
+    q_BTNC = einsum("BTNH,NHC->BTNC", q_BTNH, w_k_NHC)
+    q_BTNY = jnp.concatenate((q_BTNC, q_BTNR), axis=-1)
     last_BT = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
     seen_BTS = jnp.arange(S, dtype=jnp.int32)[None, None, :] <= last_BT[:, :, None]
-    if few_rows.is_little_attention(q_BTNY, S):
-        z_BTNC = look_in_sums(config, q_BTNY, cache_BSY, seen_BTS)
-        values = z_BTNC[:, :, :, None].astype(jnp.float32) * w_v_NUC[None, None]
-        o_BTNU = jnp.sum(values, axis=-1).astype(z_BTNC.dtype)
-    else:
-        z_BTNC = look_in_products(config, q_BTNY, cache_BSY, seen_BTS)
-        o_BTNU = jnp.einsum("BTNC,NUC->BTNU", z_BTNC, w_v_NUC.astype(z_BTNC.dtype))
+    z_BTNC = look(config, q_BTNY, cache_BSY, seen_BTS)
+    o_BTNU = einsum("BTNC,NUC->BTNU", z_BTNC, w_v_NUC.astype(z_BTNC.dtype))
     return to_e5m6(o_BTNU) if fp8.is_quantized(attention.wo_DNU[...]) else o_BTNU
 
 
@@ -216,13 +214,14 @@ def look_in_products(config: ModelConfig, q_BTNY, cache_BSY, seen_BTS) -> jax.Ar
 
 def look_in_sums(config: ModelConfig, q_BTNY, cache_BSY, seen_BTS) -> jax.Array:
     """The same as sums: a GPU makes two kernels of it, where products take seven or eight."""
-    q_BTN1Y = q_BTNY[:, :, :, None].astype(jnp.float32)
-    cache_B11SY = cache_BSY[:, None, None].astype(jnp.float32)
-    score_BTNS = softmax_scale(config) * jnp.sum(q_BTN1Y * cache_B11SY, axis=-1)
-    score_BTNS = jnp.where(seen_BTS[:, :, None], score_BTNS, -jnp.inf)
-    weight_BTNS = jax.nn.softmax(score_BTNS, axis=-1)
-    z_BTNC = jnp.sum(
-        weight_BTNS[..., None] * cache_B11SY[..., : config.kv_latent_dim], axis=-2
-    )
+    B, T, N, Y = q_BTNY.shape
+    S, C = cache_BSY.shape[1], config.kv_latent_dim
+    q_BR1Y = q_BTNY.reshape(B, T * N, 1, Y).astype(jnp.float32)
+    cache_B1SY = cache_BSY[:, None].astype(jnp.float32)
+    score_BRS = softmax_scale(config) * jnp.sum(q_BR1Y * cache_B1SY, axis=-1)
+    seen_BRS = jnp.broadcast_to(seen_BTS[:, :, None], (B, T, N, S)).reshape(B, T * N, S)
+    weight_BRS = jax.nn.softmax(jnp.where(seen_BRS, score_BRS, -jnp.inf), axis=-1)
+    z_BRC = jnp.sum(weight_BRS[..., None] * cache_B1SY[..., :C], axis=-2)
     # Or every row of the product that reads it would sum it again.
-    return jax.lax.optimization_barrier(z_BTNC.astype(cache_BSY.dtype))
+    z_BRC = jax.lax.optimization_barrier(z_BRC.astype(cache_BSY.dtype))
+    return z_BRC.reshape(B, T, N, C)

@@ -44,11 +44,11 @@ def _chosen_experts(x_TD, expert_TK, weight_TK, weights):
         w.at[expert_TK.reshape(-1)].get(mode="promise_in_bounds").astype(x_TD.dtype)
         for w in weights
     )
-    row_TD, scale = (x_TD.row, x_TD.scale) if isinstance(x_TD, Scaled) else (x_TD, None)
-    x_JD = jnp.repeat(row_TD, K, axis=0)
+    x_JD = jnp.repeat(x_TD.rows if isinstance(x_TD, Scaled) else x_TD, K, axis=0)
     gate_JF, up_JF = row_by_row(x_JD, w_gate), row_by_row(x_JD, w_up)
-    if scale is not None:
-        gate_JF, up_JF = gate_JF * scale, up_JF * scale
+    if isinstance(x_TD, Scaled):
+        scale_J1 = jnp.repeat(x_TD.scale, K, axis=0)
+        gate_JF, up_JF = gate_JF * scale_J1, up_JF * scale_J1
     hidden_JF = swiglu(gate_JF, up_JF, weight_TK.reshape(-1, 1)).astype(x_TD.dtype)
     y_JD = row_by_row(hidden_JF, w_down)
     return jnp.sum(y_JD.reshape(T, K, -1).astype(jnp.float32), axis=1)

@@ -5,49 +5,59 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 from pallas_kernels.mosaic import target
 from sharding.placement import current_mesh
 
 MOST_ROWS = 64
+MOST_SUMMED = 4  # rows that an accelerator reads weights for in sums
+CACHED_BYTES = 2**24  # a weight that several rows read one after the other, from memory once
 MOST_PRODUCTS = 2**24  # of attention: on an H200 3 microseconds of sums
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Scaled:
-    """A normalised row as `row * scale`: products of `row` are scaled afterwards.
+    """Few normalised rows as `rows * scale`: products of `rows` are scaled afterwards.
 
     So nothing waits for the sum of the norm but what comes after the products.
     """
 
-    row: jax.Array  # FP32 [..., K]
+    rows: jax.Array  # FP32 [..., K]
     scale: jax.Array  # FP32 [..., 1]
     dtype: jax.typing.DTypeLike = dataclasses.field(metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.row.shape
+        return self.rows.shape
 
     @property
     def x(self) -> jax.Array:
-        """The normalised row itself."""
-        return (self.row * self.scale).astype(self.dtype)
+        """The normalised rows themselves."""
+        return (self.rows * self.scale).astype(self.dtype)
 
 
-def is_scaled_after(x: jax.Array) -> bool:
-    """Whether x is one row on one accelerator, where each small kernel costs time."""
-    mesh = current_mesh()
+def are_few(x: jax.Array) -> bool:
+    """Whether x is few rows on one accelerator, where each small kernel costs time."""
+    mesh, rows = current_mesh(), x.size // x.shape[-1]
     alone = mesh is None or mesh.size == 1
-    return alone and x.size == x.shape[-1] and target().platform != "cpu"
+    return alone and rows <= MOST_SUMMED and target().platform != "cpu"
+
+
+def in_order(x: jax.Array) -> jax.Array:
+    """Few rows one after the other in memory, or a cache that they are added to is turned around.
+    """
+    return with_layout_constraint(x, Layout(range(x.ndim))) if are_few(x) else x
 
 
 def normed(x: Float[Array, "... D"], gain: Float[Array, " D"], eps: float) -> Scaled:
-    """RMSNorm of one row."""
+    """RMSNorm of few rows."""
     x32 = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return Scaled(x32 * gain.astype(jnp.float32).reshape(x.shape), scale, x.dtype)
+    gain = gain.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + gain.shape)
+    return Scaled(x32 * gain, scale, x.dtype)
 
 
 def letters(signature: str) -> tuple[str, str, str]:
@@ -87,28 +97,50 @@ def weight_first(signature: str, x: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.einsum(f"{made}->{out}", y).astype(x.dtype)
 
 
-def is_one_row(signature: str, x: jax.Array, weight: jax.Array) -> bool:
-    """Whether x is one row, on a device that reads weights fastest in a sum, not a product."""
+def is_summed(signature: str, x: jax.Array, weight: jax.Array) -> bool:
+    """Whether x has so few rows that sums read the weight fastest, not a product."""
     left, right, out = letters(signature)
     summed = "".join(letter for letter in right if letter not in out)
     rows = math.prod(n for letter, n in zip(left, x.shape, strict=True) if letter in out)
     whole = bool(summed) and right.endswith(summed) and left.endswith(summed)
-    return whole and rows == 1 and target().platform != "cpu"
+    # Each row reads the weight: the rows after the first from a cache on the device.
+    most = 1 if weight.nbytes > CACHED_BYTES else MOST_SUMMED
+    return whole and rows <= most and target().platform != "cpu"
 
 
-def one_row(signature: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-    """einsum(signature, x, weight) of one row, in FP32: a product would pad and split weights."""
+def sums(signature: str, x: jax.Array | Scaled, weight: jax.Array) -> jax.Array:
+    """einsum(signature, x, weight) in FP32: a product of few rows would pad and split weights."""
+    if isinstance(x, Scaled):
+        y = sums(signature, x.rows, weight)
+        return y * x.scale.reshape(x.scale.shape[:-1] + (1,) * (y.ndim - x.scale.ndim + 1))
     left, right, out = letters(signature)
+    lead = tuple(n for letter, n in zip(left, x.shape, strict=True) if letter in out)
     made = tuple(n for letter, n in zip(right, weight.shape, strict=True) if letter in out)
-    x_K = x.reshape(-1).astype(jnp.float32)
-    w_NK = weight.reshape(-1, x_K.size).astype(jnp.float32)
-    y_N = jnp.sum(x_K[None, :] * w_NK, axis=-1)
-    return y_N.reshape((1,) * sum(letter in out for letter in left) + made)
+    x_RK = x.reshape(math.prod(lead), -1).astype(jnp.float32)
+    w_NK = weight.reshape(math.prod(made), -1).astype(jnp.float32)
+    y_NR = jnp.sum(w_NK[:, None] * x_RK[None], axis=-1)
+    return y_NR.T.reshape(lead + made)
 
 
-def is_little_attention(q_BTNY: jax.Array, length: int) -> bool:
+def is_little_attention(q_BTNA: jax.Array, cache_BSY: jax.Array) -> bool:
     """Whether products would take an accelerator longer to start than sums to look at all."""
-    return target().platform != "cpu" and q_BTNY.size * length <= MOST_PRODUCTS
+    B, T, N, _ = q_BTNA.shape
+    products = B * T * N * math.prod(cache_BSY.shape[1:])
+    return target().platform != "cpu" and products <= MOST_PRODUCTS
+
+
+def einsum_in_sums(signature: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """einsum(signature, x, weight) of a batch of small matrices, summed in FP32."""
+    left, right, out = letters(signature)
+    (summed,) = (letter for letter in right if letter not in out)
+    order = "".join(letter for letter in left if letter in out)
+    order += "".join(letter for letter in right if letter not in order)
+    wide = lambda side, array: jnp.expand_dims(
+        jnp.einsum(f"{side}->{''.join(i for i in order if i in side)}", array.astype(jnp.float32)),
+        [at for at, i in enumerate(order) if i not in side],
+    )
+    y = jnp.sum(wide(left, x) * wide(right, weight), axis=order.index(summed))
+    return y.astype(x.dtype)
 
 
 def row_by_row(x_JK: Float[Array, "J K"], w_JNK: Float[Array, "J N K"]) -> Float[Array, "J N"]:

@@ -64,8 +64,8 @@ def norm_for(
 ) -> jax.Array | Quantized:
     """RMSNorm as the product with `reader` takes it: in tiles where that weight is quantised."""
     if not fp8.is_quantized(reader):
-        one = few_rows.is_scaled_after(x)
-        return few_rows.normed(x, gain, eps) if one else rms_norm(x, gain, eps)
+        few = few_rows.are_few(x)
+        return few_rows.normed(x, gain, eps) if few else rms_norm(x, gain, eps)
     normed = rms_norm(x, gain, eps)
     return fp8.quantize_norm(
         x,

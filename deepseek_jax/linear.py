@@ -26,8 +26,9 @@ def linear(signature: str, x: Activation, weight: jax.Array | QuantizedWeight) -
     devices in FP32. With a quantised weight the product and both of its gradients are FP8.
     """
     if isinstance(x, few_rows.Scaled):
-        y = few_rows.one_row(signature, x.row, weight)
-        return (y * x.scale.reshape((1,) * y.ndim)).astype(x.dtype)
+        if few_rows.is_summed(signature, x.rows, weight):
+            return few_rows.sums(signature, x, weight).astype(x.dtype)
+        x = x.x
     if not fp8.is_quantized(weight):
         return local(functools.partial(_product, signature), signature)(x, weight)
     if isinstance(x, jax.Array):
@@ -58,8 +59,8 @@ _product.defvjp(_product_fwd, _product_bwd)
 
 def einsum(signature: str, a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """jnp.einsum with FP32 sums and a result in `dtype`; FP32 operands multiply as FP32."""
-    if few_rows.is_one_row(signature, a, b):
-        return few_rows.one_row(signature, a, b).astype(dtype)
+    if few_rows.is_summed(signature, a, b):
+        return few_rows.sums(signature, a, b).astype(dtype)
     if few_rows.packs_weights(*few_rows.letters(signature)[::2], a, b):
         return few_rows.weight_first(signature, a, b).astype(dtype)
     # Without HIGHEST an FP32 product may run in TF32 on a GPU.

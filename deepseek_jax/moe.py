@@ -98,7 +98,7 @@ def scores(x_BTD, router_ED, config: ModelConfig) -> Float[Array, "B T E"]:
     """Affinity of each token to each expert, FP32 throughout."""
     product = functools.partial(jnp.einsum, "BTD,ED->BTE", precision=jax.lax.Precision.HIGHEST)
     if isinstance(x_BTD, few_rows.Scaled):
-        logits_BTE = product(x_BTD.row, router_ED.astype(jnp.float32)) * x_BTD.scale
+        logits_BTE = few_rows.sums("BTD,ED->BTE", x_BTD, router_ED)
     else:
         logits_BTE = local(product, "BTD,ED->BTE", whole="E")(
             fp8.values(x_BTD).astype(jnp.float32), router_ED.astype(jnp.float32)
@@ -126,7 +126,8 @@ def route(
     expert_BTK = checkpoint_name(expert_BTK, "route")
     weight_BTK = jnp.take_along_axis(score_BTE, expert_BTK, axis=-1)
     if config.normalize_weights:
-        weight_BTK = weight_BTK / (jnp.sum(weight_BTK, axis=-1, keepdims=True) + 1e-20)
+        total_BT1 = sum(weight_BTK[..., k : k + 1] for k in range(config.experts_per_token))
+        weight_BTK = weight_BTK / (total_BT1 + 1e-20)
     return expert_BTK, weight_BTK * config.route_scale
 
 

@@ -77,11 +77,10 @@ def test_products_of_few_rows_are_products(signature, rows, relative_error, monk
     monkeypatch.setattr(few_rows, "MOST_ROWS", 4)  # a weight of few elements counts as one
     assert few_rows.packs_weights(left, signature.partition("->")[2], x, w) == (rows > 1)
     assert relative_error(linear(signature, x, w), expected) < 1e-6
-    if rows == 1:
-        assert relative_error(few_rows.one_row(signature, x, w), expected) < 1e-6
+    assert relative_error(few_rows.sums(signature, x, w), expected) < 1e-6
 
 
-# One row on an accelerator, where every small kernel costs as much as a product.
+# Few rows on an accelerator, where every small kernel costs as much as a product.
 
 
 @pytest.fixture
@@ -90,16 +89,32 @@ def on_accelerator(monkeypatch):
         monkeypatch.setattr(module, "target", lambda: Target("gpu", "an accelerator", 1))
 
 
-def test_products_of_one_row_are_scaled_by_its_norm_afterwards(on_accelerator, relative_error):
+@pytest.mark.parametrize("shape", [(1, 1, D), (2, 2, D), (5, 1, D)], ids="{0[0]}x{0[1]}".format)
+def test_products_of_few_rows_are_scaled_by_their_norm_afterwards(
+    shape, on_accelerator, relative_error
+):
     draw = np.random.default_rng(3).standard_normal
-    x_BTD, gain_D, w_FD = draw((1, 1, D), np.float32), draw(D, np.float32), draw((F, D), np.float32)
-    row = norm_for(w_FD, jnp.asarray(x_BTD), jnp.asarray(gain_D), 1e-6, "BTD")
-    assert isinstance(row, few_rows.Scaled)
+    x_BTD, gain_D, w_FD = (draw(n, np.float32) for n in (shape, D, (F, D)))
+    rows = norm_for(w_FD, jnp.asarray(x_BTD), jnp.asarray(gain_D), 1e-6, "BTD")
+    assert isinstance(rows, few_rows.Scaled if shape[0] < 5 else jax.Array)
     expected = rms_norm(x_BTD, gain_D, 1e-6)
-    assert relative_error(row.x, expected) < 1e-6
-    assert relative_error(linear("BTD,FD->BTF", row, w_FD), expected @ w_FD.T) < 1e-6
-    two = norm_for(w_FD, jnp.asarray(draw((2, 1, D), np.float32)), gain_D, 1e-6, "BTD")
-    assert isinstance(two, jax.Array)
+    if shape[0] < 5:
+        assert relative_error(rows.x, expected) < 1e-6
+    assert relative_error(linear("BTD,FD->BTF", rows, w_FD), expected @ w_FD.T) < 1e-6
+
+
+def test_several_rows_multiply_weights_larger_than_the_cache_of_a_device(
+    on_accelerator, monkeypatch, relative_error
+):
+    signature, draw = "BTD,FD->BTF", np.random.default_rng(3).standard_normal
+    w_FD, gain_D = draw((F, D), np.float32), np.ones(D, np.float32)
+    one, two = (jnp.asarray(draw((rows, 1, D), np.float32)) for rows in (1, 2))
+    assert few_rows.is_summed(signature, two, w_FD)
+    monkeypatch.setattr(few_rows, "CACHED_BYTES", w_FD.nbytes - 1)
+    assert few_rows.is_summed(signature, one, w_FD)
+    assert not few_rows.is_summed(signature, two, w_FD)
+    product = linear(signature, norm_for(w_FD, two, gain_D, 1e-6, "BTD"), w_FD)
+    assert relative_error(product, rms_norm(two, gain_D, 1e-6) @ w_FD.T) < 1e-6
 
 
 @pytest.mark.parametrize("rows", [1, 2], ids="T{}".format)
@@ -113,20 +128,21 @@ def test_attention_in_sums_is_attention_in_products(rows, relative_error):
     assert relative_error(sums, products) < 1e-6
 
 
-def test_one_text_as_an_accelerator_reads_it_has_the_logits_of_a_full_pass(
-    on_accelerator, relative_error
+@pytest.mark.parametrize("step", [1, 2], ids="T{}".format)
+def test_one_text_as_an_accelerator_reads_it_has_the_hidden_states_of_a_full_pass(
+    step, on_accelerator, relative_error
 ):
     model = ds.Model(TINY, rngs=nnx.Rngs(0))
     tokens_BT = np.random.default_rng(5).integers(0, TINY.vocab_size, (1, 6), np.int32)
 
     def both(model, tokens_BT):
         cache, hidden = empty_cache(TINY, 1, 8, "fp32"), []
-        for t in range(6):
-            h_B1D, cache, lost = decode(
-                model, tokens_BT[:, t : t + 1], cache, jnp.full((1,), t, jnp.int32)
+        for t in range(0, 6, step):
+            h_BTD, cache, _ = decode(
+                model, tokens_BT[:, t : t + step], cache, jnp.full((1,), t, jnp.int32)
             )
-            hidden.append(h_B1D)
+            hidden.append(h_BTD)
         return jnp.concatenate(hidden, axis=1), model.hidden(tokens_BT)[0]
 
-    one_by_one, at_once = jax.jit(both)(model, tokens_BT)
-    assert relative_error(one_by_one, at_once) < 1e-5
+    in_steps, at_once = jax.jit(both)(model, tokens_BT)
+    assert relative_error(in_steps, at_once) < 1e-5
