@@ -6,8 +6,8 @@ target of a hop, whatever number of its experts lives there, and on the way back
 summed before each hop.
 
 Both directions move pytrees of per-token arrays and know no format: what a token consists of is
-sent as one row of 4-byte words. They are each other's transpose, so forward and backward are
-gathers with indices known beforehand and all-to-alls: nothing is scattered with atomics, and
+sent as one row of 4-byte words. They are each other's transpose, so forward and backward move rows
+to places known beforehand, by all-to-alls between devices: nothing is added up with atomics, and
 results do not depend on the order in which devices run.
 """
 
@@ -228,7 +228,8 @@ def send(tree: Any, path: Path) -> Any:
 
 def cross(tree: Any, path: Path) -> jax.Array:
     """What `send` leaves to be sorted by expert: rows of 4-byte words after the last hop."""
-    return _cross([_words(leaf) for leaf in jax.tree.leaves(tree)], path.layouts, path.hops)
+    words = [_words(leaf) for leaf in jax.tree.leaves(tree)]
+    return _cross(words, path.layouts, path.hops, blank=False)
 
 
 def dispatch(x_TD: jax.Array, path: Path, wire: Wire = PLAIN) -> jax.Array:
@@ -260,7 +261,8 @@ def _forward(tree, layouts, hops):
     leaves, structure = jax.tree.flatten(tree)
     words = [_words(leaf) for leaf in leaves]
     if hops:
-        crossed = _cross(words, layouts, hops)
+        # The sort takes none of the rows that hold nothing.
+        crossed = _cross(words, layouts, hops, blank=len(layouts) == len(hops))
         widths = [part.shape[1] for part in words[:-1]]
         words = jnp.split(crossed, list(itertools.accumulate(widths)), axis=1)
     for layout in layouts[len(hops) :]:
@@ -268,17 +270,20 @@ def _forward(tree, layouts, hops):
     return structure.unflatten(_values(*each) for each in zip(words, leaves, strict=True))
 
 
-def _cross(words, layouts, hops):
-    """What a token consists of, side by side in a row of words, on the devices of its experts."""
+def _cross(words, layouts, hops, *, blank: bool):
+    """What a token consists of, side by side in a row of words, on the devices of its experts.
+
+    Args:
+      blank: rows that hold nothing are 0; otherwise, and where they do not travel, they hold
+        anything.
+    """
+    words = jnp.concatenate(words, axis=1)
     for layout, hop in zip(layouts, hops, strict=False):
         if hop.ragged and _is_written_by_peers(hop):
-            sent = _ragged_all_to_all(jnp.concatenate(words, axis=1), hop, layout, gather=True)
+            words = _ragged_all_to_all(words, hop, layout, gather=True)
         else:
-            # Gathered first: XLA then fuses both, and reads and writes 16 bytes at a time.
-            rows = jnp.concatenate([_gather_rows(part, layout) for part in words], axis=1)
-            sent = _exchange(rows, hop, layout)
-        words = [sent]
-    return words[0]
+            words = _exchange(_lay_out(words, layout, blank=blank), hop, layout)
+    return words
 
 
 def _words(x: jax.Array) -> jax.Array:
@@ -391,6 +396,18 @@ def _arrives(layout: Layout):
 def _token_M(layout: Layout):
     """The token of each row; below 0 where there is none."""
     return layout.slot_M // layout.row_TK.shape[1]
+
+
+def _lay_out(x_TW, layout: Layout, *, blank: bool):
+    """Each token in the row of each target: read once, and rows without one are not written."""
+    (T, K), M, W = layout.row_TK.shape, layout.slot_M.shape[0], x_TW.shape[1]
+    # Rows past the end are dropped; no two are the same, so that the indices stay unique.
+    past_TK = M + jnp.arange(T * K, dtype=jnp.int32).reshape(T, K)
+    row_TK = jnp.where(layout.row_TK < 0, past_TK, layout.row_TK)
+    rows_MW = jnp.zeros((M, W), x_TW.dtype) if blank else _empty((M, W), x_TW)
+    return rows_MW.at[row_TK].set(
+        jnp.broadcast_to(x_TW[:, None, :], (T, K, W)), unique_indices=True, mode="drop"
+    )
 
 
 def _gather_rows(x_TW, layout: Layout):
