@@ -206,7 +206,7 @@ class Text:
         self._mesh = None if current_mesh() is not None else mesh
         if not under_mesh(is_as_read, mesh)(model.precision):
             model = _as_read(model, mesh=self._mesh)
-        self._model = model
+        self.model = model  # as the products read it
         # No token is -1: so few programs serve any number of stop tokens.
         self.stop_N = np.full((-(-max(len(stop), 1) // 8) * 8,), -1, np.int32)
         self.stop_N[: len(stop)] = stop
@@ -232,7 +232,7 @@ class Text:
     def advance(self, steps: int = ALL_STEPS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens, lengths and which texts are done after up to so many steps."""
         self.state, seen = _advance(
-            self._model, self.state, self._sampling, self.stop_N, np.int32(steps), mesh=self._mesh
+            self.model, self.state, self._sampling, self.stop_N, np.int32(steps), mesh=self._mesh
         )
         lost = int(self.state.lost)
         if lost:

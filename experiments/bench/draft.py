@@ -40,7 +40,7 @@ class BenchDraftArgs:
     timed: int = 8
     """Prompts that are also timed one by one."""
     precision: str | None = None
-    """fp32 or bf16; by default that of the run."""
+    """fp32 or bf16; by default that of the run. On a CPU BF16 weights are multiplied in FP32."""
     out: Path | None = None
     """Also draw the figures beside the paper's, to this file."""
     json: Path | None = None
@@ -89,6 +89,7 @@ def figures(model: Model, prompt_BT, lengths_B, args: BenchDraftArgs) -> dict[st
     return {
         "device": jax.devices()[0].device_kind,
         "precision": model.precision.matmul,
+        "products": text.model.precision.matmul,
         "parameters": param_counts(model.config).total,
         "same_texts": int((texts[False][0] == texts[True][0]).all(axis=1).sum()),
         "texts": len(prompt_BT),
@@ -123,7 +124,7 @@ def step_seconds(model: Model, prompt_BT) -> list[float]:
     """
     new = min(256, model.config.max_length - prompt_BT.shape[1])
     text = Text(model, prompt_BT, max_new_tokens=new, draft=True)
-    sampling, stop_N = Sampling(), text.stop_N
+    sampling, stop_N, model = Sampling(), text.stop_N, text.model
 
     def plain(model, state):
         return plain_step(model, state, sampling, stop_N)

@@ -18,7 +18,7 @@ def test_a_row_for_each_batch_with_its_figures(tmp_path, monkeypatch):
     code, out, err = runs.call("bench", "decode", *words, "--json", tmp_path / "rows.json")
     assert (code, err) == (0, "") and "bench decode" in out
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [row["batch"] for row in rows] == [1, 2]
+    assert [row["batch"] for row in rows] == [1, 2] and rows[0]["products"] == "fp32"
     for row in rows:
         # Six steps and what came before them are the whole.
         whole = 6 * row["ms_per_step"] + row["prompt_ms"]
