@@ -325,10 +325,10 @@ def gathers(weight: Weight, setup: Setup) -> list[tuple[float, int, tuple[str, .
     """(bytes of an element, how often a step, mesh axes first to last) of a weight's gathers.
 
     Masters are FP32; compilers move the cast to what products multiply in front of the gather in
-    scanned layers, but where attention is computed again backward. Embedding, head and MTP modules
-    stand alone and are gathered once, as they are. In FP8 masters are quantised where they lie if
-    that falls on blocks and otherwise gathered for it, once a step; codes are gathered forward, and
-    again where attention is computed again, and transposed codes backward.
+    scanned layers, but not backward where a product is computed again. Embedding, head and MTP
+    modules stand alone and are gathered once, as they are. In FP8 masters are quantised where they
+    lie if that falls on blocks and otherwise gathered for it, once a step; codes are gathered
+    forward, and for products that are computed again, and transposed codes backward.
     """
     often, own = setup.accumulation if setup.scheme.zero == 3 else 1, weight.gathered
     if weight.leaf in WHOLE:
@@ -339,13 +339,21 @@ def gathers(weight: Weight, setup: Setup) -> list[tuple[float, int, tuple[str, .
         masters = [] if in_place else [(4, 1, own)]
         if setup.scheme.zero == 1:
             return [(1, 2, own)] if in_place else masters
-        again = "N" in weight.letters and setup.run.remat != "none"
+        times = (1 + is_computed_again(weight, setup.run.remat)) * often
         codes, turned = code_axes(weight, setup.mesh)
-        return [*masters, (1, (1 + again) * often, codes), (1, often, turned)]
+        return [*masters, (1, times, codes), (1, often, turned)]
     if setup.scheme.zero == 1 or not weight.name.startswith(("dense.", "moe.")):
         return [(4, often, own)]
     cast = itemsize(setup) if weight.leaf != "router_ED" else 4
-    return [(cast, often, own), (4 if "N" in weight.letters else cast, often, own)]
+    again = is_computed_again(weight, setup.run.remat)
+    return [(cast, often, own), (4 if again else cast, often, own)]
+
+
+def is_computed_again(weight: Weight, remat: str) -> bool:
+    """Whether the backward pass repeats a weight's product before it makes its gradients."""
+    if remat in ("none", "paper"):
+        return remat == "paper" and "N" in weight.letters
+    return not weight.leaf.startswith("w_down")
 
 
 def step_transfers(setup: Setup) -> list[Transfer]:

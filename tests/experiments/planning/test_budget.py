@@ -313,3 +313,14 @@ def test_formulas_foresee_what_was_compiled_for_the_target(path):
         expected[purpose] += total / 1e9
     for purpose, row in sent.items():
         assert row["compiled GB"] == pytest.approx(expected[purpose], rel=0.02), purpose
+
+
+def test_formulas_foresee_what_the_compiled_setups_of_a_sweep_send():
+    rows = json.loads((ROOT / "experiments/results/sweep_v3_h200x2048.json").read_text())["rows"]
+    rows = [row for row in rows if row["compiled_sent"]]
+    assert len(rows) >= 8
+    for row in rows:
+        mesh = {axis: row[axis] for axis in AXES}
+        chosen = setup(V3, cluster("h200x2048"), mesh, sequences=row["sequences"],
+                       remat=row["remat"])  # fmt: skip
+        assert sum(foreseen(chosen).values()) == pytest.approx(row["compiled_sent"], rel=0.02)
