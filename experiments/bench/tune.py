@@ -1,11 +1,13 @@
 """`bench tune`: tiles for every shape of the kernel benchmarks, measured, written into the ops."""
 
+import ast
 import dataclasses
 import importlib
 import json
 import os
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -232,20 +234,32 @@ def write_tables(op: str, tables: Mapping[str, Mapping[tuple, tuple]]) -> None:
     origin = provenance()
     card = f"{origin['card']}, {origin['date']}, commit {origin['commit'] or 'unknown'}"
     for table, entries in tables.items():
-        merged = {key: (tiles, None) for key, tiles in getattr(module, table).items()}
-        merged |= entries
+        lines = {key: f"    {key}: {show_tiles(tiles)},\n"
+                 for key, tiles in getattr(module, table).items()}
+        # With their comments, where they stand.
+        lines |= written(text, table)
+        for key, (tiles, measured) in entries.items():
+            comment = f"    # {measured}; {card}.\n" if measured else ""
+            lines[key] = f"{comment}    {key}: {show_tiles(tiles)},\n"
         head, _, rest = text.partition(f"{table}: ")
         kind, _, rest = rest.partition(" = {")
         rest = rest[rest.index("}\n") + 1 :]
-        lines = []
-        for key in sorted(merged):
-            tiles, measured = merged[key]
-            if measured:
-                lines.append(f"    # {measured}; {card}.")
-            lines.append(f"    {key}: {show_tiles(tiles)},")
-        body = "\n" + "\n".join(lines) + "\n" if lines else ""
+        body = "\n" + "".join(lines[key] for key in sorted(lines)) if lines else ""
         text = f"{head}{table}: {kind} = {{{body}}}{rest}"
     path.write_text(text)
+
+
+def written(text: str, table: str) -> dict[tuple, str]:
+    """The lines of each entry of a table in a file, its comment included."""
+    lines = text.splitlines(keepends=True)
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.AnnAssign) and node.target.id == table:
+            begins, found = node.lineno, {}
+            for key, value in zip(node.value.keys, node.value.values, strict=True):
+                found[ast.literal_eval(key)] = "".join(lines[begins : value.end_lineno])
+                begins = value.end_lineno
+            return found
+    return {}
 
 
 def show_tiles(tiles: Tiles) -> str:
@@ -255,7 +269,11 @@ def show_tiles(tiles: Tiles) -> str:
         for field in dataclasses.fields(tiles)
         if getattr(tiles, field.name) != field.default
     ]
-    return f"{type(tiles).__module__.rpartition('.')[2]}.Tiles({', '.join(given)})"
+    call = f"{type(tiles).__module__.rpartition('.')[2]}.Tiles("
+    if sum(map(len, given)) + 2 * len(given) < 60:
+        return f"{call}{', '.join(given)})"
+    lines = textwrap.wrap(", ".join(given), 88)
+    return call + "\n" + "".join(f"        {line}\n" for line in lines) + "    )"
 
 
 if __name__ == "__main__":

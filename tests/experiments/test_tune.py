@@ -53,6 +53,8 @@ def test_a_table_in_which_a_variant_is_written_is_read_back(tmp_path, monkeypatc
     new = {"TILES": {(48, 256): (tiles, "9 TFLOP/s")}, "FEW": {(64, 48, 256): (few, "1 us")}}
     tune.write_tables("matmul_fp8", new)
     text = (folder / "tuned.py").read_text()
+    comments = {line for line in source.splitlines() if line.startswith("    # ")}
+    assert comments <= set(text.splitlines())
     assert "# 9 TFLOP/s; " in text and "block_scaled.Tiles(band=4, pair=False)" in text
     names = {}
     exec(compile(text, "tuned.py", "exec"), names)
