@@ -144,9 +144,10 @@ def sweep(
     if measured:
         todo = [c.setup for c in chosen if notes.get("measured", c.setup) is None]
         for index, (setup, seconds) in enumerate(measure(todo), start=1):
-            notes.add("measured", setup, {"seconds": seconds})
-            say(f"  measured {index}/{len(todo)} {setup.name}: "
-                f"{statistics.median(seconds):.3f} s")  # fmt: skip
+            failed = isinstance(seconds, str)
+            notes.add("measured", setup, {"failed" if failed else "seconds": seconds})
+            took = seconds if failed else f"{statistics.median(seconds):.3f} s"
+            say(f"  measured {index}/{len(todo)} {setup.name}: {took}")
         found = recosted(found, chosen, notes, say)
     rows = table(found, notes)
     if out is not None:
@@ -194,8 +195,12 @@ def compile_all(chosen: Sequence[Candidate], notes: "Notes", say) -> None:
 
 def recosted(found: list[Candidate], chosen, notes: "Notes", say) -> list[Candidate]:
     """Predictions with constants fitted on the meshes that are named for it, and how they rank."""
-    times = {c.setup.name: statistics.median(notes.get("measured", c.setup)["seconds"])
-             for c in chosen}  # fmt: skip
+    notes_of = {c.setup.name: notes.get("measured", c.setup) for c in chosen}
+    times = {name: statistics.median(note["seconds"])
+             for name, note in notes_of.items() if "seconds" in note}  # fmt: skip
+    chosen = [c for c in chosen if c.setup.name in times]
+    if not chosen:
+        return found
     basis = [c for c in chosen if is_fitted(c.setup.mesh)]
     reached = REACHED[chosen[0].setup.cluster.accelerator.platform]
     if len(basis) >= 5:
@@ -220,14 +225,14 @@ def table(found: Iterable[Candidate], notes: "Notes") -> list[Row]:
         front = c.fits and c.bytes < least
         least = min(least, c.bytes) if c.fits else least
         compiled = notes.get("compiled", c.setup) or {}
-        timed = notes.get("measured", c.setup)
+        timed = notes.get("measured", c.setup) or {}
         rows.append(Row(
             rank=rank, **c.setup.mesh, sequences=c.setup.sequences,
             accumulation=c.setup.accumulation, remat=c.setup.run.remat, seconds=c.seconds,
             exposed=c.exposed, bytes=c.bytes, fits=c.fits, front=front,
             compiled_bytes=compiled.get("bytes") or None, compiled_sent=compiled.get("sent"),
-            refused=compiled.get("refused"),
-            measured=statistics.median(timed["seconds"]) if timed else None,
+            refused=compiled.get("refused") or timed.get("failed"),
+            measured=statistics.median(timed["seconds"]) if "seconds" in timed else None,
         ))  # fmt: skip
     return rows
 
@@ -269,7 +274,7 @@ def write(rows: Sequence[Row], out: Path, *, title: str, where: Cluster) -> None
     write_json(out / "table.json", [dataclasses.asdict(row) for row in rows])
     points = [
         Point(r.bytes / GIB, r.seconds, r.fits, r.front,
-              r.compiled_bytes / GIB if r.compiled_bytes else None, r.name)
+              r.compiled_bytes / GIB if r.compiled_bytes else None, r.measured, r.name)
         for r in rows
     ]  # fmt: skip
     draw(points, out / "picture.png", title=title, memory_gib=where.accelerator.memory / GIB)

@@ -23,25 +23,43 @@ STEPS = 5
 COMPILED = "compiled"
 
 
-def measure(setups: Sequence[Setup], *, steps: int = STEPS) -> Iterator[tuple[Setup, list[float]]]:
-    """Each setup with the seconds of so many steps after two others.
+def measure(
+    setups: Sequence[Setup], *, steps: int = STEPS
+) -> Iterator[tuple[Setup, list[float] | str]]:
+    """Each setup with the seconds of so many steps after two others, or with what failed.
 
     Half as many as there are cores are compiled at once; while one is timed, nothing else runs.
-
-    Raises:
-      ValueError: a process failed; its last line is the message.
+    Those that wait hold memory of the device, so what fails beside them runs once more alone.
     """
     at_once = max(1, (os.cpu_count() or 1) // 2)
     for begin in range(0, len(setups), at_once):
+        again = []
         with ExitStack() as stack:
             children = [
                 (setup, stack.enter_context(_Child(setup, steps)))
                 for setup in setups[begin : begin + at_once]
             ]
-            for _, child in children:
-                child.read()
             for setup, child in children:
-                yield setup, child.timed()
+                try:
+                    child.read()
+                except ValueError:
+                    again.append(setup)
+            for setup, child in children:
+                if setup in again:
+                    continue
+                try:
+                    yield setup, child.timed()
+                except ValueError:
+                    again.append(setup)
+        for setup in again:
+            with _Child(setup, steps) as child:
+                try:
+                    child.read()
+                    seconds = child.timed()
+                except ValueError as error:
+                    yield setup, str(error)
+                else:
+                    yield setup, seconds
 
 
 class _Child:

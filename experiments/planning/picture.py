@@ -16,6 +16,7 @@ class Point(NamedTuple):
     fits: bool
     front: bool
     compiled_gib: float | None
+    measured: float | None  # seconds
     label: str
 
 
@@ -41,6 +42,13 @@ def draw(points: Sequence[Point], path: Path, *, title: str, memory_gib: float) 
         axes.scatter([p.compiled_gib for p in compiled], [p.seconds for p in compiled], s=26,
                      facecolors="none", edgecolors=INK, linewidths=0.9,
                      label="compiled: the compiler's peak")  # fmt: skip
+    measured = [p for p in points if p.measured is not None]
+    if measured:
+        axes.scatter([p.gib for p in measured], [p.measured for p in measured], s=26, marker="x",
+                     color=INK, linewidths=0.9, label="measured")  # fmt: skip
+        axes.vlines([p.gib for p in measured], [p.seconds for p in measured],
+                    [p.measured for p in measured], color=PALE, linewidth=0.6,
+                    zorder=0)  # fmt: skip
     front = sorted((p for p in points if p.front), key=lambda p: p.gib)
     if front:
         axes.plot([p.gib for p in front], [p.seconds for p in front], color=ORANGE, marker="o",
@@ -50,10 +58,15 @@ def draw(points: Sequence[Point], path: Path, *, title: str, memory_gib: float) 
                           xytext=(4, 8), textcoords="offset points",
                           bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5})  # fmt: skip
     axes.axvline(memory_gib, color=INK, linewidth=0.8, linestyle="--")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    sizes = [p.gib for p in points]
+    times = [p.seconds for p in points] + [p.measured for p in measured]
+    # Within a decade a logarithmic axis has next to no ticks.
+    for values, set_scale in ((sizes, axes.set_xscale), (times, axes.set_yscale)):
+        if max(values) > 10 * min(values):
+            set_scale("log")
     axes.set_xlabel("GiB of a device, by formula (dashed: what it has)", color=INK)
-    axes.set_ylabel("seconds of a step, predicted", color=INK)
+    axes.set_ylabel("seconds of a step, predicted" + (" and measured" if measured else ""),
+                    color=INK)  # fmt: skip
     axes.set_title(title, loc="left", fontsize=11, color=INK)
     axes.grid(color="#e6e8ea", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -61,6 +74,7 @@ def draw(points: Sequence[Point], path: Path, *, title: str, memory_gib: float) 
         axes.spines[side].set_visible(False)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.set_minor_formatter(lambda value, _: "")
+        if axis.get_scale() == "log":
+            axis.set_minor_formatter(lambda value, _: "")
     axes.legend(frameon=False, fontsize=8.5, loc="upper right")
     figure.savefig(path, dpi=150)

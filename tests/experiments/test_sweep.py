@@ -157,6 +157,21 @@ def test_measured_steps_are_ranked_against_predictions(tmp_path, monkeypatch):
     assert any("over 15 others: 1.000" in line for line in said), said
 
 
+def test_a_setup_that_fails_is_a_row_with_its_reason_and_not_run_again(tmp_path, monkeypatch):
+    calls = []
+
+    def timed(setups):
+        calls.append(len(setups))
+        yield from ((s, "out of memory" if n == 1 else [1.0]) for n, s in enumerate(setups))
+
+    monkeypatch.setattr(sweep_module, "measure", timed)
+    for _ in range(2):
+        rows = sweep(TINY, WHERE, best=3, measured=True, out=tmp_path)
+        assert sum(row.measured is not None for row in rows) == 2
+        assert [row.refused for row in rows if row.refused] == ["out of memory"]
+    assert calls == [3, 0]
+
+
 def test_with_nothing_hidden_predictions_are_the_terms_of_the_form():
     chosen = setup(TINY, WHERE, FITTED[4])
     reached = REACHED["cpu"]
