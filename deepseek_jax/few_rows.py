@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mosaic import target
 from sharding.placement import current_mesh
@@ -120,6 +120,25 @@ def sums(signature: str, x: jax.Array | Scaled, weight: jax.Array) -> jax.Array:
     w_NK = weight.reshape(math.prod(made), -1).astype(jnp.float32)
     y_NR = jnp.sum(w_NK[:, None] * x_RK[None], axis=-1)
     return y_NR.T.reshape(lead + made)
+
+
+def best(
+    biased_RE: Float[Array, "... E"], score_RE: Float[Array, "... E"], k: int
+) -> tuple[Int[Array, "... k"], Float[Array, "... k"]]:
+    """Where the k largest of each row are, the first of equals first, and their scores.
+
+    Places are counted: a GPU sorts a row in one slow kernel after a copy.
+    """
+    E, lead = biased_RE.shape[-1], (None,) * (biased_RE.ndim - 1)
+    ids_E = jnp.arange(E, dtype=jnp.int32)
+    mine, other = biased_RE[..., :, None], biased_RE[..., None, :]
+    before = (ids_E[None, :] < ids_E[:, None])[lead]
+    ahead_RE = jnp.sum((other > mine) | ((other == mine) & before), axis=-1, dtype=jnp.int32)
+    is_at_RkE = ahead_RE[..., None, :] == jnp.arange(k, dtype=jnp.int32)[:, None][lead]
+    at_Rk = jnp.sum(jnp.where(is_at_RkE, ids_E, 0), axis=-1)
+    score_Rk = jnp.sum(jnp.where(is_at_RkE, score_RE[..., None, :], 0.0), axis=-1)
+    # Several are first where scores are not numbers.
+    return jnp.minimum(at_Rk, E - 1), score_Rk
 
 
 def is_little_attention(q_BTNA: jax.Array, cache_BSY: jax.Array) -> bool:

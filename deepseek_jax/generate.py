@@ -24,12 +24,20 @@ from deepseek_jax.decoding import (
     prefill,
 )
 from deepseek_jax.drafting import first_ahead
+from deepseek_jax.few_rows import MOST_SUMMED
 from deepseek_jax.latent_cache import empty_cache
 from deepseek_jax.model import Model
 from deepseek_jax.sampling import Sampling
+from pallas_kernels.mosaic import target
 from sharding.placement import current_mesh, under_mesh
 from sharding.rules import ACTIVATIONS, letters_of, spec
 
+# With its last two names, which are no default, XLA makes one CUDA graph of all steps: after each
+# the host would take as long as ten kernels.
+ONE_GRAPH = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,"
+    "DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+}
 SMALLEST_CAPACITY = 256
 ALL_STEPS = 2**30
 
@@ -94,11 +102,15 @@ def _prefill(model, state, begin, *, mesh):
     return under_mesh(prefill, mesh)(model, state, begin)
 
 
-@functools.partial(jax.jit, static_argnames="mesh", donate_argnames="state")
-def _advance(model, state, sampling, stop_N, steps, *, mesh):
+def _run_steps(model, state, sampling, stop_N, steps, *, mesh):
     state = under_mesh(advance, mesh)(model, state, sampling, stop_N, steps)
     # Copies, so that the state can be donated before they are fetched.
     return state, tuple(map(jnp.copy, (state.tokens_BS, state.length_B, state.done_B)))
+
+
+_program = functools.partial(jax.jit, static_argnames="mesh", donate_argnames="state")
+_advance = _program(_run_steps)
+_advance_in_one_graph = _program(_run_steps, compiler_options=ONE_GRAPH)
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
@@ -210,6 +222,9 @@ class Text:
         # No token is -1: so few programs serve any number of stop tokens.
         self.stop_N = np.full((-(-max(len(stop), 1) // 8) * 8,), -1, np.int32)
         self.stop_N[: len(stop)] = stop
+        device = under_mesh(target, mesh)()
+        few = mesh is None and prompt_BT.shape[0] <= MOST_SUMMED
+        self._advance = _advance_in_one_graph if few and "NVIDIA" in device.kind else _advance
         self._depth = config.num_mtp if draft else 0
         self.max_new_tokens, self.pad = max_new_tokens, pad
         longest = int(self.lengths_B.max())
@@ -231,7 +246,7 @@ class Text:
 
     def advance(self, steps: int = ALL_STEPS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens, lengths and which texts are done after up to so many steps."""
-        self.state, seen = _advance(
+        self.state, seen = self._advance(
             self.model, self.state, self._sampling, self.stop_N, np.int32(steps), mesh=self._mesh
         )
         lost = int(self.state.lost)

@@ -122,13 +122,19 @@ def route(
         biased_BTE = biased_BTE + jax.lax.stop_gradient(bias_E)[None, None, :]
     if config.groups_per_token < config.num_groups:
         biased_BTE = limit_groups(biased_BTE, config)
-    _, expert_BTK = jax.lax.top_k(biased_BTE, config.experts_per_token)
-    expert_BTK = checkpoint_name(expert_BTK, "route")
-    weight_BTK = jnp.take_along_axis(score_BTE, expert_BTK, axis=-1)
+    best = few_rows.best if few_rows.are_few(biased_BTE) else best_of
+    expert_BTK, weight_BTK = best(biased_BTE, score_BTE, config.experts_per_token)
     if config.normalize_weights:
         total_BT1 = sum(weight_BTK[..., k : k + 1] for k in range(config.experts_per_token))
         weight_BTK = weight_BTK / (total_BT1 + 1e-20)
     return expert_BTK, weight_BTK * config.route_scale
+
+
+def best_of(biased_BTE, score_BTE, k: int) -> tuple[Int[Array, "B T K"], Float[Array, "B T K"]]:
+    """The k experts whose biased scores are the largest, and their scores."""
+    _, expert_BTK = jax.lax.top_k(biased_BTE, k)
+    expert_BTK = checkpoint_name(expert_BTK, "route")
+    return expert_BTK, jnp.take_along_axis(score_BTE, expert_BTK, axis=-1)
 
 
 def limit_groups(biased_BTE: Float[Array, "B T E"], config: ModelConfig) -> jax.Array:

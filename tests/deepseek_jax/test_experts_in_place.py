@@ -117,6 +117,17 @@ def test_several_rows_multiply_weights_larger_than_the_cache_of_a_device(
     assert relative_error(product, rms_norm(two, gain_D, 1e-6) @ w_FD.T) < 1e-6
 
 
+def test_counting_places_finds_the_experts_of_a_top_k_equals_and_minus_infinity_included():
+    score_RE = np.random.default_rng(6).integers(0, 5, (3, 1, 16)).astype(np.float32)
+    biased_RE = np.where(np.arange(16) % 4 == 1, -np.inf, score_RE - 3.0)
+    places, scores = few_rows.best(jnp.asarray(biased_RE), jnp.asarray(score_RE), 6)
+    _, expected = jax.lax.top_k(biased_RE, 6)
+    np.testing.assert_array_equal(places, expected)
+    np.testing.assert_array_equal(scores, np.take_along_axis(score_RE, np.asarray(expected), 2))
+    places, _ = few_rows.best(jnp.full((1, 1, 16), jnp.nan), jnp.asarray(score_RE[:1]), 6)
+    assert (np.asarray(places) < 16).all()  # indices of weights, whatever they are
+
+
 @pytest.mark.parametrize("rows", [1, 2], ids="T{}".format)
 def test_attention_in_sums_is_attention_in_products(rows, relative_error):
     draw = np.random.default_rng(4).standard_normal

@@ -14,6 +14,7 @@ from deepseek_jax import latent_cache, training
 from deepseek_jax.config import Yarn
 from deepseek_jax.decoding import as_read, decode
 from deepseek_jax.generate import (
+    ONE_GRAPH,
     Stream,
     _advance,
     _begin,
@@ -238,6 +239,10 @@ def test_any_mix_of_lengths_needs_the_same_three_programs(model, prompt_BT, gree
         lengths = draw.integers(1, longest + 1, 3)
         ds.generate(model, prompts, lengths_B=lengths, max_new_tokens=int(draw.integers(1, 28)))
     assert programs() == before
+
+
+def test_the_compiler_knows_the_options_of_decoding_on_gpus():
+    assert jax.jit(jnp.negative, compiler_options=ONE_GRAPH)(1.0) == -1.0
 
 
 def test_texts_do_not_depend_on_their_neighbours(model, prompt_BT, greedy):
