@@ -14,7 +14,8 @@ from experiments.bench.mesh_case import NO_TURN
 from experiments.bench.mesh_cases import Case
 
 COMMAND = "experiments.bench.mesh_case"
-COMPILE_SECONDS = 240
+# Of the time that is left, what the programs of a mesh may still take to compile.
+COMPILING = 0.7
 # Of a device's memory: NCCL and the driver take theirs beside it.
 MEMORY_FRACTION = "0.95"
 
@@ -117,9 +118,10 @@ def run_group(
     found: Callable[[Case, Row], None],
 ) -> list[Case]:
     """The rows of a group; returns the cases that are left when its process hangs or dies."""
-    sizes, compile_until = {}, min(until, time.monotonic() + COMPILE_SECONDS)
+    now, sizes = time.monotonic(), {}
+    compiled_by = now + COMPILING * (until - now)
     while len(sizes) < len(this.cases):
-        row = this.child.next(compile_until - time.monotonic())
+        row = this.child.next(compiled_by - time.monotonic())
         if row.pop("ended", False):
             for case in this.cases:
                 found(case, {"error": f"while it compiled: {row['error']}"})
