@@ -1,8 +1,9 @@
 """The command line, `python -m experiments` or `deepseek-jax`: a table of commands."""
 
+import os
 import sys
 
-from experiments.command_line import Command, run
+from experiments.command_line import INTERRUPTED, Command, run
 
 # A name of two words is a member of a family: `bench train`. Modules are imported when chosen.
 COMMANDS = {
@@ -203,7 +204,13 @@ COMMANDS = {
 
 def main() -> int:
     """Run the command named on the command line and return its exit code."""
-    return run(COMMANDS, sys.argv[1:])
+    code = run(COMMANDS, sys.argv[1:])
+    if code == INTERRUPTED:
+        # A thread of XLA that still compiles would crash the interpreter at its end.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

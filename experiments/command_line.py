@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 TRACEBACK = "DEEPSEEK_JAX_TRACEBACK"
+INTERRUPTED = 130
 # What a command raises when its input or the machine is at fault.
 USER_ERRORS = (ValueError, NotImplementedError, OSError)
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,7 +57,7 @@ def run(commands: Mapping[str, Command], words: Sequence[str]) -> int:
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         # The reader of a pipe went away; the interpreter must not flush into it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

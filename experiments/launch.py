@@ -28,7 +28,7 @@ from experiments.data import TokenShards, is_shards, prepare, text_bytes
 from experiments.data.tokenizer import Tokenizer
 from experiments.devices import Devices, MeshArgs, devices_of, make_cpu_devices
 from experiments.display import TrainingDisplay, duration
-from experiments.eval import compressors, recorded_shards, score, trained_model
+from experiments.eval import compressors, recorded_shards, run_tokenizer, score, trained_model
 from experiments.imported import imported_run
 from experiments.recipes import recipe
 from experiments.records import metrics_lines
@@ -202,6 +202,7 @@ def recorded_import(args: LaunchArgs, directory: RunDirectory) -> str | None:
 def training_tokens(run: Run, directory: RunDirectory, *, resume: bool) -> TokenShards:
     """The tokens of the run to resume, or those made from the data into a new directory."""
     if resume:
+        tokenizer_of(directory)  # refused before anything is trained
         return recorded_shards(directory)
     if processes.is_first():
         print(f"preparing data in {directory.data}", flush=True)
@@ -341,13 +342,15 @@ def finish(
 
 
 def tokenizer_of(directory: RunDirectory) -> Tokenizer | None:
-    """The run's tokenizer; None where none came with the data or tokenizers is not installed."""
+    """The run's tokenizer; None where none came with the data or tokenizers is not installed.
+
+    Raises:
+      ValueError: it is not the one that the run was trained with.
+    """
     if not directory.tokenizer.exists():
         return None
     try:
-        from experiments.data.tokenizer import load_tokenizer
-
-        return load_tokenizer(directory.tokenizer)
+        return run_tokenizer(directory)
     except ImportError:
         return None
 

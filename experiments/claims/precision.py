@@ -36,21 +36,41 @@ def precision_map(*, precision: str, device: str) -> dict[str, str]:
         "router": weights("router_ED"),
         "head": weights("head_VD"),
         "loss": found(lambda op: op.part == "loss" and op.name == "log"),
-        "dispatch": found(lambda op: _moves(op, run.config.model_dim, run.seq_len)),
-        "combine": found(lambda op: _moves(op, run.config.model_dim, run.seq_len, back=True)),
+        "dispatch": _one(_sent(op, run.config.model_dim, run.seq_len) for op in ops),
+        "combine": _one(
+            op.result.dtype for op in ops if _combines(op, run.config.model_dim, run.seq_len)
+        ),
     }
 
 
-def _moves(op: Op, width: int, tokens: int, back: bool = False) -> bool:
-    """Whether an operation takes tokens to the rows of their experts, or rows back to tokens."""
-    if op.name != "gather" or "experts" not in op.part or op.operands[0].shape[1:] != (width,):
-        return False
-    return (op.result.shape[0] == tokens) if back else (op.operands[0].shape[0] == tokens)
+def _sent(op: Op, width: int, tokens: int) -> str:
+    """The format in which an operation gathers tokens into rows of experts; "" of all others.
+
+    Rows travel as words of four bytes; fewer than one a channel are no channels, but their scales.
+    """
+    if op.name != "gather" or "experts" not in op.part or len(op.operands[0].shape) != 2:
+        return ""
+    rows, words = op.operands[0].shape
+    if rows != tokens or op.operands[0].dtype != "uint32":
+        return ""
+    return {1: "fp8", 2: "bf16", 4: "fp32"}.get(4 * words / width, "")
+
+
+def _combines(op: Op, width: int, tokens: int) -> bool:
+    """Whether an operation takes rows of experts back to tokens."""
+    return (
+        "experts" in op.part
+        and bool(op.operands)
+        and op.operands[0].shape[1:] == (width,)
+        and op.operands[0].shape[0] > tokens
+        and op.result.shape == (tokens, width)
+    )
 
 
 def _one(values: Iterable[str]) -> str:
     """What all values are, or all that there are."""
-    return " and ".join(sorted({value.partition("_")[0] for value in values})) or "none"
+    kinds = {value.partition("_")[0] for value in values} - {""}
+    return " and ".join(sorted(kinds)) or "none"
 
 
 CLAIMS = (

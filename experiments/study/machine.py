@@ -11,6 +11,7 @@ import functools
 from dataclasses import dataclass
 
 from deepseek_jax.config import Precision
+from experiments.planning.budget import STACK_PASSES
 from experiments.planning.choose import prediction
 from experiments.planning.setup import setup
 from experiments.recipes import deepseek_v3
@@ -104,6 +105,18 @@ def dispatch_units(machine: Machine) -> float:
     return max(nic_copies(machine), CHOICES * machine.nic / machine.nvlink)
 
 
+# Parts of a step that read and write memory, and how much of ours the paper's own program has:
+# it fills no stacks with zeros before it keeps activations in them, and weights stay in FP8.
+MEMORY = {
+    "norms, casts, copies": 1.0,
+    "kept activations": (STACK_PASSES - 1) / STACK_PASSES,
+    "logits": 1.0,
+    "gradients": 1.0,
+}
+# Of steps that are not repeated for each micro-batch, or not there.
+APART = ("optimizer", "casts of weights")
+
+
 @functools.cache
 def chunk_work() -> tuple[float, float]:
     """Seconds of products and of memory traffic of a chunk, forward and backward, on all SMs."""
@@ -111,8 +124,8 @@ def chunk_work() -> tuple[float, float]:
     mesh = {"data": 1, "fsdp": 32, "expert": 64, "tensor": 1}
     made = setup(run, cluster("h800x2048"), mesh, sequences=1)
     parts = prediction(made).work_by_part
-    memory = sum(parts[part] for part in ("norms, casts, copies", "weights and gradients"))
-    products = sum(parts.values()) - memory - parts["optimizer"]
+    memory = sum(parts[part] * share for part, share in MEMORY.items())
+    products = sum(parts[part] for part in parts if part not in (*MEMORY, *APART))
     # As many tokens for a device, of all layers instead of a stage's.
     chunks = made.accumulation * STAGES
     return products / chunks, memory / chunks

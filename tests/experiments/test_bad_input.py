@@ -287,6 +287,12 @@ def test_a_tokenizer_of_another_run(words, copy, trained, other_tokenizer):
     assert out == ""
 
 
+def test_a_run_does_not_go_on_with_a_tokenizer_of_another(copy, other_tokenizer):
+    shutil.copy(other_tokenizer, copy / "tokenizer.json")
+    code, _, err = runs.call("launch", "--resume", "--run", copy)
+    refused(code, err, str(copy / "tokenizer.json"), "does not match the checkpoint's")
+
+
 @pytest.mark.parametrize(
     "words", [["launch", "--resume", "--run"], ["eval"]], ids=lambda words: words[0]
 )
