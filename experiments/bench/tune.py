@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import importlib
 import json
 import os
 import subprocess
@@ -229,15 +228,11 @@ def work(family: str) -> None:
 def write_tables(op: str, tables: Mapping[str, Mapping[tuple, tuple]]) -> None:
     """Replaces entries of an op's tuned.py and keeps the others."""
     path = Path(ROOT, "pallas_kernels", op, "tuned.py")
-    module = importlib.import_module(f"pallas_kernels.{op}.tuned")
     text = path.read_text()
     origin = provenance()
     card = f"{origin['card']}, {origin['date']}, commit {origin['commit'] or 'unknown'}"
     for table, entries in tables.items():
-        lines = {key: f"    {key}: {show_tiles(tiles)},\n"
-                 for key, tiles in getattr(module, table).items()}
-        # With their comments, where they stand.
-        lines |= written(text, table)
+        lines = written(text, table)
         for key, (tiles, measured) in entries.items():
             comment = f"    # {measured}; {card}.\n" if measured else ""
             lines[key] = f"{comment}    {key}: {show_tiles(tiles)},\n"
