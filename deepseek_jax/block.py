@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.attention import Attention
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.config import ModelConfig, Remat
 from deepseek_jax.latent_cache import LatentCache
 from deepseek_jax.layers import FeedForward, norm_for, ones
 from deepseek_jax.moe import Load, MoE
@@ -19,7 +19,7 @@ from pallas_kernels.mosaic import target
 # What the backward pass keeps of a block beside its input; the rest is computed again.
 # paper: RMSNorms, MLA's up-projections and SwiGLU outputs are recomputed (V3 report, 3.2.3). Who is
 # routed where is a few integers a token, and takes many small kernels to find.
-REMAT: dict[str, Callable | None] = {
+REMAT: dict[Remat, Callable | None] = {
     "none": None,
     "paper": jax.checkpoint_policies.save_only_these_names(
         "latent", "attention", "route", "expert_input", "ffn_hidden"

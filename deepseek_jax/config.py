@@ -14,6 +14,7 @@ import numpy as np
 
 Score = Literal["sigmoid", "softmax"]
 Format = Literal["fp32", "bf16", "fp8"]
+Remat = Literal["none", "paper", "attention", "full"]  # block.REMAT says what each keeps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,11 +274,12 @@ class Run:
     sequence_loss_weight: float = 1e-4  # alpha
     precision: Precision = Precision()
     optimizer: AdamW = AdamW()
-    remat: str = "none"  # a key of block.REMAT
+    remat: Remat = "none"
     ema_decay: float | None = None
     max_skipped: int = 10  # steps in a row with a non-finite loss or gradient before the run stops
     seed: int = 0
     data: tuple[str, ...] = ()  # files and folders; () is the standard library of this Python
+    text_field: str = "text"  # of JSONL objects, and column of Parquet files
     tokenizer: str | None = None  # a tokenizer.json; None: trained on the data
     fim_rate: float = 0.1
     mask_documents: bool = False  # attention stays inside documents
@@ -289,6 +291,8 @@ class Run:
                      "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.remat not in typing.get_args(Remat):
+            raise ValueError(f"remat={self.remat!r} must be one of {typing.get_args(Remat)}")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} must be at least 0")
         if not 0.0 <= self.fim_rate <= 1.0:
@@ -316,6 +320,8 @@ class Run:
             for phase in getattr(self, name).phases:
                 if not all(map(math.isfinite, (phase.tokens, phase.start, phase.end))):
                     raise ValueError(f"{name} must be finite, not {phase}")
+                if min(phase.start, phase.end) < 0:
+                    raise ValueError(f"{name}={min(phase.start, phase.end)} must not be negative")
 
     def accumulation_at(self, tokens: int) -> int:
         """Micro-batches in the step that begins after `tokens` tokens."""

@@ -82,7 +82,15 @@ def norm_for(
 def embed(
     tokens_BT: Int[Array, "B T"], embed_VD: Float[Array, "V D"], dtype: jax.typing.DTypeLike
 ) -> Float[Array, "B T D"]:
-    """Rows of the embedding in `dtype`; their gradients are added up in the table's own dtype."""
+    """Rows of the embedding in `dtype`; their gradients are added up in the table's own dtype.
+
+    Raises:
+      ValueError: the tokens are no integers, or not of two dimensions.
+    """
+    if tokens_BT.ndim != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
+        raise ValueError(
+            f"tokens must be integers [B, T], not {tokens_BT.dtype} {list(tokens_BT.shape)}"
+        )
     rows = local(lambda tokens, table: table[tokens], "BT,VD->BTD", whole="V")
     return shard(rows(tokens_BT, embed_VD).astype(dtype), "BTD")
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from typing import NoReturn
 
 from experiments.command_line import INTERRUPTED, Command, run
 
@@ -204,14 +205,19 @@ COMMANDS = {
 
 def main() -> int:
     """Run the command named on the command line and return its exit code."""
-    code = run(COMMANDS, sys.argv[1:])
+    return run(COMMANDS, sys.argv[1:])
+
+
+def program() -> NoReturn:
+    """`main` as a whole process, which it ends."""
+    code = main()
     if code == INTERRUPTED:
         # A thread of XLA that still compiles would crash the interpreter at its end.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    return code
+    sys.exit(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -53,7 +53,9 @@ def run(commands: Mapping[str, Command], words: Sequence[str]) -> int:
             print(overview({n: c for n, c in commands.items() if n.startswith(f"{name} ")}))
             return 0
         function = load(commands[name])
-        function(parse(function, rest, name))
+        arguments = parse(function, rest, name)
+        check_written(arguments)
+        function(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -130,9 +132,37 @@ def parse(function: Callable[[Any], None], words: Sequence[str], name: str) -> A
     )
 
 
+def check_written(arguments: Any) -> None:
+    """Raises where --json could not be written: before the work whose result it is to hold."""
+    path = getattr(arguments, "json", None)
+    if path is None:
+        return
+    if path.is_dir():
+        raise ValueError(f"--json {path} is a folder: name a file")
+    probe = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"--json {path} cannot be written ({error.strerror}): name another file"
+        ) from error
+
+
+def option_name(field: dataclasses.Field) -> str:
+    """What a field is called on the command line, where `tyro.conf.arg` may rename it."""
+    renamed = [
+        name
+        for note in getattr(field.type, "__metadata__", ())
+        if (name := getattr(note, "name", None)) is not None
+    ]
+    return (renamed or [field.name])[-1].replace("_", "-")
+
+
 def diagnose(arguments: type, words: Sequence[str], printed: str) -> str:
     """One line for words that do not fit: the unknown option, or the first paragraph printed."""
-    fields = [f.name.replace("_", "-") for f in dataclasses.fields(arguments)]
+    fields = [option_name(field) for field in dataclasses.fields(arguments)]
     for word in words:
         option = word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("_", "-")
         if word.startswith("--") and option.split(".")[0] not in [*fields, "help", ""]:

@@ -116,7 +116,8 @@ def scored_split(
         shards = recorded_shards(directory)
         yield shards.validation, shards
         return
-    corpus = load_corpus(data, validation_fraction=1.0)
+    field = directory.read_run().text_field
+    corpus = load_corpus(data, field=field, validation_fraction=1.0)
     with tempfile.TemporaryDirectory() as folder:
         shards = tokenize(corpus, run_tokenizer(directory), Path(folder) / "data")
         yield shards.validation, shards

@@ -21,6 +21,7 @@ from deepseek_jax.linear import DTYPES
 from deepseek_jax.training import TrainState, abstract_state, join, loss_and_aux
 from experiments import program, tables
 from experiments.command_line import unknown
+from experiments.planning.setup import refusal
 from experiments.program import ATTENTION, LAYOUT, PRODUCTS, Op
 from experiments.recipes import RECIPES
 from experiments.tables import print_table, write_json
@@ -69,6 +70,9 @@ def explain(args: ExplainArgs) -> None:
     """Prints parameters, operations, a summary by part, and totals."""
     run = run_of(args)
     mesh = mesh_sizes(args.mesh)
+    reason = refusal(run, {axis: mesh.get(axis, 1) for axis in AXES})
+    if reason is not None:
+        raise ValueError(f"--mesh {' '.join(args.mesh)}: {reason}")
     state = abstract_state(run)
     ops = forward_operations(run, state, args.device)
     parameters = parameter_rows(run, state, ops, mesh)

@@ -5,9 +5,11 @@ import dataclasses
 import hashlib
 import platform
 import shlex
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -102,13 +104,18 @@ def launch(args: LaunchArgs) -> None:
     make_cpu_devices(args.mesh, processes=place.count if place else 1)
     if place is not None:
         processes.join(place)
-    with tempfile.TemporaryDirectory() as aside:
+    with contextlib.ExitStack() as stack:
+        aside = stack.enter_context(tempfile.TemporaryDirectory())
+        if place is None:
+            stack.enter_context(sigterm_interrupts())
         run_here(args, Path(aside))
 
 
 def run_here(args: LaunchArgs, aside: Path) -> None:
     """Plans the run, prepares its data and trains; the other processes write to `aside`."""
     run, name, directory = plan(args)
+    if not args.resume:
+        check_profile(args.profile, begin=0, steps=run.steps)
     agreement.on_configuration(run)
     if not processes.is_first():
         directory = RunDirectory(directory.path, aside=aside)
@@ -122,6 +129,21 @@ def run_here(args: LaunchArgs, aside: Path) -> None:
             shards = training_tokens(run, directory, resume=args.resume)
         agreement.on_data(shards)
         train_on(args, run, name, directory, shards, devices)
+
+
+@contextlib.contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM ends what goes before and after training as Ctrl-C does; a second one kills."""
+
+    def interrupt(signum, frame):
+        signal.signal(signum, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def train_on(
@@ -149,7 +171,7 @@ def train_on(
             devices,
             record=record,
             bytes_per_token=shards.train.num_bytes / shards.train.num_tokens,
-            header=header(run, name, record, shards, devices),
+            header=header(run, name, directory, record, shards, devices),
             profile=args.profile,
         )
     except Stopped as stopped:
@@ -182,6 +204,7 @@ def plan(args: LaunchArgs) -> tuple[Run, str, RunDirectory]:
             run = dataclasses.replace(recorded, steps=args.steps or recorded.steps)
         run = override(run, args)
         check_unchanged(recorded, run)
+        check_rate(recorded, run)
         return run, name, directory
     name = (args.recipe or "tiny").replace("-", "_")
     run = recipe(name)(args.steps)
@@ -211,6 +234,7 @@ def training_tokens(run: Run, directory: RunDirectory, *, resume: bool) -> Token
         directory=directory.data,
         vocab_size=run.config.vocab_size,
         tokenizer_file=run.tokenizer,
+        field=run.text_field,
     )
     if run.tokenizer is not None:
         given = hashlib.sha256(Path(run.tokenizer).read_bytes()).hexdigest()
@@ -225,6 +249,17 @@ def training_tokens(run: Run, directory: RunDirectory, *, resume: bool) -> Token
             f"vocab_size={run.config.vocab_size}: --set config.vocab_size={shards.vocab_size}"
         )
     return shards
+
+
+def check_rate(recorded: Run, run: Run) -> None:
+    """Raises when steps were added to a run whose learning rate is 0 by then."""
+    rate = run.learning_rate.at(float(run.position_at(run.steps - 1) * run.seq_len))
+    if run.steps > recorded.steps and rate == 0:
+        raise ValueError(
+            f"--steps {run.steps} goes beyond the schedule of this run, whose learning rate ends "
+            f"at 0 after {recorded.steps} steps: start another --run with --steps {run.steps}, or "
+            "train on with --from, after `convert` has exported this one"
+        )
 
 
 def check_profile(profile: tuple[int, int] | None, *, begin: int, steps: int) -> None:
@@ -282,7 +317,7 @@ def describe(
 
 
 def header(
-    run: Run, name: str, record, shards: TokenShards, devices: Devices
+    run: Run, name: str, directory: RunDirectory, record, shards: TokenShards, devices: Devices
 ) -> list[tuple[str, Any]]:
     """What the run is about to do, before it does it."""
     counts = record["parameters"]
@@ -298,6 +333,7 @@ def header(
         ("data", f"{shards.train.num_documents:,} documents, {shards.train.num_bytes / 1e6:.1f} "
                  f"MB, {shards.train.num_tokens:,} tokens; {seen:.1f} passes"),
         ("step", f"{per_step} tokens, {run.steps:,} steps"),
+        ("results", str(directory.path)),
     ]
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from deepseek_jax import configs
 from deepseek_jax.config import ModelConfig, Phase, Precision, Run, Schedule
+from experiments.command_line import unknown
 
 
 def warmup_and_decay(
@@ -173,5 +174,5 @@ def recipe(name: str) -> Callable[[int | None], Run]:
     """The function of a named recipe; hyphens may stand for underscores."""
     known = name.replace("-", "_")
     if known not in RECIPES:
-        raise ValueError(f"unknown recipe {name!r}: use one of {', '.join(RECIPES)}")
+        raise ValueError(unknown("recipe", name, RECIPES))
     return RECIPES[known]

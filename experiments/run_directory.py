@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from experiments.tables import plain, write_json
 FREE_ON_RESUME = ("steps", "checkpoint_every", "keep_checkpoints", "max_skipped")
 
 # What config.json must hold for a run to go on or to be used.
-RECORD = ("recipe", "command", "run", "corpus", "tokenizer", "shards")
+RECORD = ("recipe", "command", "run", "run_hash", "corpus", "tokenizer", "shards")
 LOST = "copy it again, or start another --run"
 
 
@@ -81,7 +82,7 @@ class RunDirectory:
 
     def write_config(self, record: dict[str, Any]) -> None:
         with writing(self.config):
-            write_json(self.config, record)
+            write_json(self.config, {**record, "run_hash": hash_of(record["run"])})
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         with writing(self.summary):
@@ -117,10 +118,21 @@ class RunDirectory:
     def read_run(self) -> Run:
         record = self.read_config()
         try:
-            return from_json(Run, record["run"])
+            run = from_json(Run, record["run"])
         # Values of another type fail where they are first used.
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.config} is damaged ({error}): {LOST}") from error
+        if record["run_hash"] != hash_of(record["run"]):
+            raise ValueError(
+                f"{self.path / 'config.json'} was edited, but a run stays what it began as: undo "
+                "that, or start another --run and change fields with --set"
+            )
+        return run
+
+
+def hash_of(run: dict[str, Any]) -> str:
+    """Of a Run as it stands in config.json, whatever the order of its fields."""
+    return hashlib.sha256(json.dumps(plain(run), sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager

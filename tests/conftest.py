@@ -90,7 +90,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Hook the checker into the library packages before any test imports them."""
+    """Hook the checker into the packages before any test imports them; a crash ends the run."""
+    if config.pluginmanager.hasplugin("xdist"):
+        # It would wait for ever for what was left of the file of a worker that crashed.
+        config.option.maxworkerrestart = "0"
     if config.getoption("--check-shapes"):
         import jaxtyping
 

@@ -15,6 +15,7 @@ TEXT_SUFFIXES = frozenset(
 ROW_SUFFIXES = frozenset(("jsonl", "ndjson", "parquet"))
 COMPRESSIONS = frozenset(("gz", "zst"))
 SHARDS_META = "shards.json"  # its presence makes a folder one of token shards
+NAME_FIELD = "name the field of the text: --set text_field=NAME"
 FORMATS = ".txt, .md, .py and other plain text, .jsonl (all of them also .gz or .zst), .parquet"
 
 
@@ -68,7 +69,7 @@ def _jsonl_rows(path: Path, field: str) -> Iterator[tuple[int, str]]:
             raise ValueError(f"{where}: not JSON ({error}); write one object a line") from None
         if not isinstance(record, dict) or field not in record:
             found = sorted(record) if isinstance(record, dict) else type(record).__name__
-            raise ValueError(f"{where}: no field {field!r}, found {found}; name the text's field")
+            raise ValueError(f"{where}: no field {field!r}, found {found}; {NAME_FIELD}")
         yield row, _checked_text(record[field], where, field)
 
 
@@ -84,7 +85,7 @@ def _parquet_rows(path: Path, field: str) -> Iterator[tuple[int, str]]:
         with parquet.ParquetFile(path) as file:
             if field not in file.schema_arrow.names:
                 found = file.schema_arrow.names
-                raise ValueError(f"{path}: no column {field!r}, found {found}; name the text's")
+                raise ValueError(f"{path}: no column {field!r}, found {found}; {NAME_FIELD}")
             row = 0
             for batch in file.iter_batches(columns=[field]):
                 for value in batch.column(0).to_pylist():
@@ -98,7 +99,7 @@ def _parquet_rows(path: Path, field: str) -> Iterator[tuple[int, str]]:
 def _checked_text(value: object, where: str, field: str) -> str:
     if not isinstance(value, str):
         kind = type(value).__name__
-        raise ValueError(f"{where}: {field!r} is {kind}, not text; name the field that holds text")
+        raise ValueError(f"{where}: {field!r} is {kind}, not text; {NAME_FIELD}")
     try:
         value.encode()
     except UnicodeEncodeError:

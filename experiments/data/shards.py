@@ -122,7 +122,9 @@ def _shards_folder(path: Path) -> Path:
     if path.name == META and path.is_file():
         return path.parent
     if not (path / META).is_file():
-        raise ValueError(f"{path}: no {META} there; give the folder that `tokenize` wrote")
+        raise ValueError(
+            f"{path}: no {META} there; give a folder of token shards, such as data/ of a run"
+        )
     return path
 
 

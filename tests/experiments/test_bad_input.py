@@ -71,7 +71,8 @@ def test_options_that_cannot_be(words, parts, trained, tmp_path):
         ("precision=fp7", ["unknown precision 'fp7'", "fp32, bf16, fp8"]),
         ("fim_rate=1.5", ["fim_rate=1.5", "between 0 and 1"]),
         ("ema_decay=1", ["ema_decay=1.0", "[0, 1)"]),
-        ("remat=some", ["unknown remat policy 'some'", "paper"]),
+        ("remat=some", ["remat='some'", "'paper'"]),
+        ("learning_rate=-1", ["learning_rate=-1.0", "must not be negative"]),
         ("config.vocab_size=200", ["vocab_size=200", "at least 260"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -100,7 +101,7 @@ def test_the_order_of_settings_is_free(trained, tmp_path):
         ("binary.txt", b"\x7fELF\0\0\0", ["binary.txt", "binary"]),
         ("latin.txt", "caf\u00e9".encode("latin-1") * 50, ["latin.txt", "UTF-8"]),
         ("table.xlsx", b"PK", ["table.xlsx", "unknown suffix"]),
-        ("rows.jsonl", b'{"body": "x"}\n', ["rows.jsonl, line 1", "'text'"]),
+        ("rows.jsonl", b'{"body": "x"}\n', ["rows.jsonl, line 1", "'text'", "--set text_field"]),
         ("short.txt", b"a", ["1 bytes", "give more text"]),
         (None, b"", ["absent", "no such file"]),
     ],
@@ -115,7 +116,26 @@ def test_data_that_is_no_text(name, content, parts, tmp_path):
     nothing_whole(tmp_path / "run")
 
 
+def test_the_field_of_the_text_can_be_named(trained, tmp_path):
+    texts = [path.read_text() for path in sorted(trained.data.iterdir())]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
+    words = runs.launch_words(tmp_path / "run", rows, settings=("text_field=body",), steps=1)
+    code, _, err = runs.call(*words)
+    assert code == 0, err
+
+
 # Where a run may go.
+
+
+def test_json_that_cannot_be_written_is_refused_before_training(trained, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for path in (tmp_path, tmp_path / "file" / "summary.json"):
+        words = runs.launch_words(tmp_path / "run", trained.data, "--json", str(path))
+        code, out, err = runs.call(*words)
+        refused(code, err, f"--json {path}")
+        assert out == ""
+    nothing_whole(tmp_path / "run")
 
 
 def test_a_run_path_that_is_a_file(trained, tmp_path):
@@ -209,6 +229,7 @@ def test_fewer_steps_than_are_done(trained):
         ("no-run", ["config.json is damaged", "run is missing"]),
         ("unknown-field", ["unknown field widht"]),
         ("wrong-type", ["config.json is damaged", "copy it again"]),
+        ("edited", ["config.json was edited", "another --run"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -224,6 +245,7 @@ def test_a_path_that_is_no_run(words, there, parts, trained, tmp_path):
         "half": json.dumps(record).encode()[:900],
         "no-run": json.dumps({k: v for k, v in record.items() if k != "run"}).encode(),
         "unknown-field": json.dumps(record | {"run": record["run"] | {"widht": 3}}).encode(),
+        "edited": json.dumps(record | {"run": record["run"] | {"seed": 3}}).encode(),
         "wrong-type": json.dumps(record | {"run": record["run"] | {"seq_len": "long"}}).encode(),
     }.get(there)  # fmt: skip
     if content is not None:

@@ -154,6 +154,12 @@ def test_an_error_from_elsewhere_says_how_to_find_it(error):
     assert "DEEPSEEK_JAX_TRACEBACK=1" in error("spill")
 
 
+def test_an_option_is_called_what_the_command_line_calls_it():
+    function = command_line.load(__main__.COMMANDS["launch"])
+    with pytest.raises(ValueError, match="unknown option --form: did you mean --from"):
+        command_line.parse(function, ["--form", "x"], "launch")
+
+
 def test_a_missing_file_is_named(error):
     assert error("lose") == "error: no/such/kettle: No such file or directory\n"
 

@@ -1,5 +1,6 @@
 """Stop and go on: whatever stops a run, resuming it ends bit for bit like one left alone."""
 
+import dataclasses
 import os
 import random
 import shlex
@@ -11,8 +12,10 @@ import time
 
 import pytest
 
+from deepseek_jax.config import Schedule
 from experiments import launch
 from experiments.display import TrainingDisplay
+from experiments.recipes import recipe
 from tests.experiments import runs
 
 RESUME = ("launch", "--resume", "--run")
@@ -172,6 +175,27 @@ def test_a_run_goes_on_for_more_steps(trained, monkeypatch, tmp_path):
     assert command == f"{runs.record(trained.run)['command']} && " + (
         f"python -m experiments launch --resume --run {run} --steps 26"
     )
+
+
+def test_steps_beyond_a_schedule_that_ends_at_0_are_refused():
+    run = recipe("tiny")(10)
+    longer = dataclasses.replace(run, steps=20)
+    with pytest.raises(ValueError, match="--steps 20 goes beyond .* 0 after 10 steps"):
+        launch.check_rate(run, longer)
+    launch.check_rate(run, run)
+    constant = dataclasses.replace(longer, learning_rate=Schedule.constant(0.01))
+    launch.check_rate(run, constant)
+
+
+def test_sigterm_before_the_first_step_leaves_no_run(trained, compile_cache, tmp_path):
+    run = tmp_path / "run"
+    words = runs.launch_words(run, trained.data)
+    child = Child(words, tmp_path, runs.child_environment(compile_cache)).process
+    assert child.stdout.readline().startswith("preparing data")
+    child.terminate()
+    _, err = child.communicate(timeout=60)
+    assert (child.returncode, err) == (130, "interrupted\n")
+    assert not (run / "config.json").exists() and not (run / ".lock").exists()
 
 
 def test_resuming_needs_neither_the_text_nor_its_place(trained, monkeypatch, tmp_path):
