@@ -113,10 +113,10 @@ def on_device(tree):
     return jax.tree.map(lambda leaf: jax.numpy.array(leaf, copy=True), tree)
 
 
-def compiled(fn, *args):
+def compiled(fn, *args, options=QUICK):
     """The program of a function, jitted or not, for arguments like these."""
     fn = fn if hasattr(fn, "lower") else jax.jit(fn)
-    return fn.lower(*args).compile(QUICK)
+    return fn.lower(*args).compile(options)
 
 
 def equations(jaxpr):

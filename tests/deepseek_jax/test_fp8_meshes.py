@@ -15,6 +15,7 @@ from sharding import make_mesh
 from sharding.placement import under_mesh
 from sharding.rules import STORE, weight_spec
 from tests.configs import WIDE, compiled, make_batch, make_run, make_state, on_device
+from tests.oracle.reference import ROW_BY_ROW
 
 # Heads and hidden channels of two devices of a tensor axis are whole blocks of 128.
 CONFIG = dataclasses.replace(
@@ -23,7 +24,9 @@ CONFIG = dataclasses.replace(
 )
 # Each device has a sequence of 128 tokens, of which its experts get all or none: so the same tokens
 # share scales in weight gradients, 128 at a time, on one device and on eight.
-RUN = make_run(CONFIG, batch=8, seq_len=128, precision=ds.Precision.of("fp8"), remat="paper")
+# Later XLA fuses what is computed again with what reads it, by the number of rows.
+REMAT = "paper" if jax.__version_info__ < (0, 11) else "none"
+RUN = make_run(CONFIG, batch=8, seq_len=128, precision=ds.Precision.of("fp8"), remat=REMAT)
 MESHES = [
     pytest.param({"data": 2, "fsdp": 2, "expert": 2}, id="data2-fsdp2-expert2"),
     pytest.param({"expert": 8}, id="expert8", marks=pytest.mark.slow),
@@ -48,7 +51,10 @@ def step(state, mesh=None):
     placed, batch = on_device(state), make_batch(RUN)
     if mesh is not None:
         placed = jax.device_put(placed, training.state_shardings(RUN, mesh))
-    after, metrics = compiled(ds.make_train_step(RUN, mesh), placed, batch)(placed, batch)
+    # One code that falls the other way for the last bit of a sum changes all that follows, by 1e-2
+    # of a gradient where it falls early.
+    program = compiled(ds.make_train_step(RUN, mesh), placed, batch, options=ROW_BY_ROW)
+    after, metrics = program(placed, batch)
     return jax.device_get((after, metrics))
 
 

@@ -20,8 +20,12 @@ import numpy as np
 
 # Compiling is nearly all the time that such small programs take; this leaves a quarter of it.
 QUICK = {"xla_backend_optimization_level": 0}
-if jax.__version_info__ < (0, 12):
+if jax.__version_info__ < (0, 11):
     QUICK["xla_cpu_use_fusion_emitters"] = False  # later ones do not know it
+
+# The sum of a row is then the same to the last bit whatever the number of rows: the library that
+# XLA otherwise gives such sums to adds them up in an order that depends on it.
+ROW_BY_ROW = {**QUICK, "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
 # The score of experts in rejected groups; a test sets it to 0, a known mistake.
 REJECTED = -math.inf
