@@ -12,7 +12,8 @@ from deepseek_jax.fp8 import Quantized, QuantizedWeight
 from deepseek_jax.swiglu import gated_ffn_fp8, swiglu
 from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.logfmt import decode_logfmt, encode_logfmt
-from sharding.expert_parallel import Path, Results, as_they_are, combine, dispatch, send
+from sharding.exchange import Results, as_they_are
+from sharding.expert_parallel import Path, combine, dispatch, send
 
 Weight = jax.Array | QuantizedWeight
 

@@ -20,8 +20,9 @@ from deepseek_jax.layers import FeedForward, RoutingBias, normal
 from deepseek_jax.linear import Activation
 from pallas_kernels.mosaic import target
 from sharding import local
+from sharding.exchange import expert_device
 from sharding.expert_copies import copy_weights, deal, places_of
-from sharding.expert_parallel import dispatch_choices, expert_device, plan_path
+from sharding.expert_parallel import dispatch_choices, plan_path
 from sharding.placement import is_split
 
 

@@ -10,11 +10,11 @@ import tyro
 from deepseek_jax.config import Precision, Run, to_json
 from deepseek_jax.counts import train_flops_per_token
 from experiments.planning import targets
-from experiments.planning.budget import Memory, argument_bytes, memory
 from experiments.planning.choose import best_setup, prediction
 from experiments.planning.compare import by_axes, compared, low_precision_sums, others
 from experiments.planning.compile import Compiled, compile_setup
 from experiments.planning.decode import decode_rows
+from experiments.planning.memory import Memory, argument_bytes, memory
 from experiments.planning.setup import Setup, mesh_name, mesh_of, setup
 from experiments.planning.targets import Target
 from experiments.recipes import recipe

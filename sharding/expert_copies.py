@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from sharding.expert_parallel import AXIS
+from sharding.exchange import AXIS
 from sharding.expert_placement import placement
 from sharding.placement import current_mesh
 

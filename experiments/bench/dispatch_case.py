@@ -19,13 +19,10 @@ from deepseek_jax import fp8
 from experiments.bench.children import Row, answer, attempt
 from experiments.bench.kernel_run import brief
 from pallas_kernels.quantize_fp8 import quantize_tiles
+from sharding.exchange import AXIS, Hop, axis_hops
 from sharding.expert_parallel import (
-    AXIS,
     PLAIN,
-    Hop,
-    Layout,
     Wire,
-    axis_hops,
     combine,
     cross,
     dispatch,
@@ -36,6 +33,7 @@ from sharding.expert_parallel import Path as Route
 from sharding.mesh import make_mesh
 from sharding.parts import on_parts, placing
 from sharding.placement import Scheme
+from sharding.row_layout import Layout
 
 TILE, GROUPS, KEPT = 128, 8, 4
 AHEAD = 8  # cases whose programs are compiled together

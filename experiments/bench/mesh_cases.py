@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from deepseek_jax.config import Run, Schedule
-from experiments.planning.budget import memory
 from experiments.planning.choose import prediction
 from experiments.planning.compile import words_of
+from experiments.planning.memory import memory
 from experiments.planning.setup import Setup, mesh_name, meshes, setup
 from sharding.hardware import ACCELERATORS, Cluster
 from sharding.mesh import AXES

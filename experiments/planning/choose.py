@@ -4,8 +4,10 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from deepseek_jax.config import Run
-from experiments.planning.budget import memory, step_transfers, step_work
+from experiments.planning.memory import memory
 from experiments.planning.setup import Setup, setups
+from experiments.planning.traffic import step_transfers
+from experiments.planning.work import step_work
 from sharding.cost import Prediction, Reached, predict
 from sharding.hardware import Cluster
 

@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from experiments.planning.budget import step_transfers
 from experiments.planning.hlo import Collective
 from experiments.planning.setup import Setup
+from experiments.planning.traffic import step_transfers
 from experiments.planning.weights import shards, weights
 from sharding.cost import group_size, sent_bytes
 from sharding.rules import BATCH_AXES

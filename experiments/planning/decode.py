@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from deepseek_jax.config import Run
-from experiments.planning.budget import token_bytes
 from experiments.planning.choose import REACHED
 from experiments.planning.setup import divisors, mesh_name, refusal
+from experiments.planning.traffic import token_bytes
 from experiments.planning.weights import Weight, shards, weights
 from sharding.cost import members_in_node
 from sharding.hardware import Cluster

@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from experiments.planning.budget import step_transfers, step_work
 from experiments.planning.setup import Setup
+from experiments.planning.traffic import step_transfers
+from experiments.planning.work import step_work
 from sharding.cost import Reached, Terms, transfer_terms, work_terms
 
 # The form: seconds = products / a + memory / b + network / c + messages * d, each at the figures of
 # sharding/hardware.py, nothing hidden behind anything. The terms of CPU devices are what their
-# process does (budget.block_bytes, cost.transfer_terms): all of them share its cores and memory.
+# process does (work.block_bytes, cost.transfer_terms): all of them share its cores and memory.
 # The constants are fitted on these meshes of 8 devices and judged on the others.
 FITTED = (
     {"data": 8, "fsdp": 1, "expert": 1, "tensor": 1},

@@ -5,8 +5,11 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import jax.numpy as jnp
+
 from deepseek_jax.block import REMAT
 from deepseek_jax.config import Run, Schedule
+from deepseek_jax.linear import DTYPES
 from sharding.hardware import Cluster
 from sharding.mesh import AXES, expert_nodes
 from sharding.placement import Scheme
@@ -49,6 +52,15 @@ class Setup:
     @property
     def step_tokens(self) -> int:
         return self.accumulation * self.run.micro_batch * self.run.seq_len
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an activation's element."""
+        return jnp.dtype(DTYPES[self.run.precision.activations]).itemsize
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.run.precision.matmul == "fp8"
 
     @property
     def name(self) -> str:

@@ -11,9 +11,9 @@ import functools
 from dataclasses import dataclass
 
 from deepseek_jax.config import Precision
-from experiments.planning.budget import STACK_PASSES
 from experiments.planning.choose import prediction
 from experiments.planning.setup import setup
+from experiments.planning.work import STACK_PASSES
 from experiments.recipes import deepseek_v3
 from sharding.hardware import cluster
 from sharding.pipeline import Times, dualpipe, simulate

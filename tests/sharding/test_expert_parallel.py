@@ -10,17 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from sharding import expert_parallel, make_mesh
+from sharding import exchange, make_mesh
 from sharding.expert_parallel import (
     Path,
     combine,
     dispatch,
     dispatch_choices,
     plan_path,
-    plan_rows,
     send,
 )
 from sharding.placement import Scheme, under_mesh
+from sharding.row_layout import plan_rows
 
 T, K, E = 6, 2, 5
 
@@ -312,7 +312,7 @@ def test_only_rows_that_hold_tokens_need_to_travel(monkeypatch, by_row, nodes):
     padded = Scheme(expert_nodes=nodes, room=4.0)
     wanted = on_experts(there_and_back, *args, scheme=padded)
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_by_gathers)
-    monkeypatch.setattr(expert_parallel, "_is_written_by_peers", lambda hop: by_row)
+    monkeypatch.setattr(exchange, "is_written_by_peers", lambda hop: by_row)
     with jax.numpy_rank_promotion("allow"):
         found = on_experts(there_and_back, *args, scheme=dataclasses.replace(padded, ragged=True))
     for a, b in zip(found, wanted, strict=True):
@@ -320,9 +320,9 @@ def test_only_rows_that_hold_tokens_need_to_travel(monkeypatch, by_row, nodes):
 
 
 def test_peers_that_write_get_an_odd_number_of_rows():
-    assert [expert_parallel._odd(n) for n in (1, 8192, 8193, 65_535)] == [1, 8193, 8193, 65_535]
-    assert expert_parallel._odd(65_536) == 2 * 32_769
-    assert expert_parallel._odd(200_000) == 4 * 50_001
+    assert [exchange.odd(n) for n in (1, 8192, 8193, 65_535)] == [1, 8193, 8193, 65_535]
+    assert exchange.odd(65_536) == 2 * 32_769
+    assert exchange.odd(200_000) == 4 * 50_001
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "int32", "int8"])
@@ -331,9 +331,9 @@ def test_rows_of_any_type_and_width_come_back_from_words(dtype, shape):
     bits = np.random.RandomState(0).randint(0, 120, (5, 64)).astype(np.int8)
     width = int(np.prod(shape[1:])) * jnp.dtype(dtype).itemsize
     x = jnp.asarray(np.ascontiguousarray(bits[:, :width]).view(jnp.dtype(dtype)).reshape(shape))
-    words = expert_parallel._words(x)
+    words = exchange.words_of(x)
     assert words.dtype == jnp.uint32 and words.shape == (5, -(-width // 4))
-    back = expert_parallel._values(words, x)
+    back = exchange.values_of(words, x)
     assert back.dtype == x.dtype
     np.testing.assert_array_equal(np.asarray(back).view(np.int8), np.asarray(x).view(np.int8))
 

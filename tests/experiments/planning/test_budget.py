@@ -14,22 +14,14 @@ from deepseek_jax.block import REMAT
 from deepseek_jax.config import Precision, Run, Schedule, from_json
 from deepseek_jax.counts import train_flops_per_token
 from deepseek_jax.training import abstract_state
-from experiments.planning.budget import (
-    argument_bytes,
-    block_bytes,
-    forward_flops,
-    hop_rows,
-    kept_bytes,
-    loss_bytes,
-    memory,
-    step_transfers,
-    step_work,
-)
 from experiments.planning.choose import prediction
 from experiments.planning.compare import foreseen
 from experiments.planning.measure import spearman
+from experiments.planning.memory import argument_bytes, kept_bytes, memory
 from experiments.planning.setup import Setup, mesh_of, meshes, refusal, setup, setups
+from experiments.planning.traffic import hop_rows, step_transfers
 from experiments.planning.weights import optimizer_bytes, parameter_bytes
+from experiments.planning.work import block_bytes, forward_flops, loss_bytes, step_work
 from experiments.recipes import recipe
 from sharding.hardware import cluster
 from sharding.mesh import AXES

@@ -6,7 +6,6 @@ import json
 import jax
 import pytest
 
-from experiments.planning.budget import argument_bytes
 from experiments.planning.compare import compared, low_precision_sums, purpose
 from experiments.planning.compile import (
     asked_for,
@@ -17,6 +16,7 @@ from experiments.planning.compile import (
     words_of,
 )
 from experiments.planning.hlo import Array, Collective
+from experiments.planning.memory import argument_bytes
 from experiments.planning.setup import mesh_of, setup
 from experiments.planning.weights import optimizer_bytes, parameter_bytes
 from sharding.hardware import cluster

@@ -1,0 +1,136 @@
+"""What one train step holds on each device, by formula.
+
+Written from the model's sizes, the letter tables, the mesh and the recipe; nothing is compiled.
+What a step computes is in work.py, what it sends in traffic.py; a plan sets the compiler's figures
+beside all three.
+"""
+
+from typing import NamedTuple
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.fp8 import TILE
+from deepseek_jax.moe import row_alignment
+from experiments.planning.setup import Setup
+from experiments.planning.weights import WHOLE, optimizer_bytes, parameter_bytes, shards, weights
+
+
+class Memory(NamedTuple):
+    """Bytes on one device."""
+
+    parameters: int
+    optimizer: int
+    gradients: int
+    kept: float  # activations that wait for the backward pass
+    working: float  # the largest layer at work: its gathered weights, gradients, activations
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def memory(setup: Setup) -> Memory:
+    """The state exactly; activations and what a layer needs while it runs as estimates."""
+    run, mesh, config = setup.run, setup.mesh, setup.run.config
+    stored = parameter_bytes(run, mesh)
+    # While micro-batches are added up there is a sum beside the gradient of the next.
+    gradients = stored * (2 if setup.accumulation > 1 else 1)
+    stacked, layers = stacked_layers(config), config.num_layers + config.num_mtp
+    kept = stacked * kept_bytes(setup, run.remat)
+    alone = values_bytes(setup) if run.remat == "none" else kept_bytes(setup, run.remat)
+    kept = setup.tokens * (kept + (layers - stacked) * alone)
+    held = weights(config, mesh)
+    layer = [w for w in held if w.name.startswith("moe.")]
+    whole = sorted(w.size / w.layers / shards(w.computed, mesh) for w in layer)
+    at_work = sum(whole) * setup.itemsize
+    if any(w.gathered for w in layer):
+        # A second layer is on its way, and FP32 gradients of the largest two weights.
+        at_work += at_work + 4 * sum(whole[-2:])
+    elif setup.is_fp8:
+        at_work = 0.0
+    # Embedding or head whole in FP32, and two of their gradients; not at the same time as a layer.
+    table = 3 * 4 * max(w.size for w in held if w.leaf in WHOLE)
+    if setup.is_fp8:
+        # Codes of all quantised matrices, as they are and transposed.
+        at_work += 2 * stored / 4
+    # Values and gradients of a layer, and where experts lie on other devices what is exchanged.
+    largest = values_bytes(setup) * (1.5 + (mesh["expert"] > 1)) * setup.tokens
+    working = max(at_work + largest, table)
+    return Memory(stored, optimizer_bytes(run, mesh), gradients, kept, working)
+
+
+def argument_bytes(setup: Setup) -> int:
+    """What a step is handed, exactly: state in its shards, biases and counters whole, tokens."""
+    run, config = setup.run, setup.run.config
+    state = parameter_bytes(run, setup.mesh) + optimizer_bytes(run, setup.mesh)
+    biases = 4 * config.num_experts * config.num_expert_layers * config.has_routing_bias
+    counters = 4 * (1 + 2 + 1 + 1)  # step, tokens in two words, skipped, skipped in a row
+    tokens = 4 * setup.accumulation * setup.sequences * (run.seq_len + 1)
+    return state + biases + counters + tokens
+
+
+def stacked_layers(config: ModelConfig) -> int:
+    """Layers that lie in a loop with others; what a loop of one keeps never lies in a stack."""
+    return sum(n for n in (config.num_dense_layers, config.num_moe_layers) if n > 1)
+
+
+def block_rows(setup: Setup) -> int:
+    """Rows of which all belong to one expert."""
+    rows = setup.tokens * setup.run.config.experts_per_token
+    if setup.cluster.accelerator.platform == "cpu" and not setup.is_fp8:
+        return row_alignment(rows, setup.run.config.num_experts)
+    return TILE
+
+
+def expert_rows(setup: Setup) -> float:
+    """Rows of the buffer in front of a device's experts, for each of its tokens.
+
+    Beside the room for an uneven load, each expert may leave almost a block without tokens.
+    """
+    config = setup.run.config
+    held = config.num_experts // setup.mesh["expert"]
+    blocks = held * (block_rows(setup) - 1) / setup.tokens
+    return config.experts_per_token * (setup.scheme.room or 1.0) + blocks
+
+
+def values_bytes(setup: Setup) -> float:
+    """Bytes of a token's values in a MoE layer as products read and write them."""
+    config, size = setup.run.config, setup.itemsize
+    codes = 1 + 4 / 128 if setup.is_fp8 else size
+    N, D, A = config.num_heads, config.model_dim, config.query_key_dim
+    U, Q, Y = config.value_head_dim, config.query_latent_dim or 0, config.cache_dim
+    rows = expert_rows(setup)
+    hidden = codes * 2 * config.expert_ffn_dim * (rows + config.num_shared_experts)
+    shared = size * (3 * D + N * (2 * A + 3 * U) + Q + Y) + 2 * hidden
+    return shared / setup.mesh["tensor"] + (size + codes) * rows * D
+
+
+def kept_bytes(setup: Setup, remat: str) -> float:
+    """Bytes that a MoE layer of a stack keeps of each token for the backward pass: block.REMAT.
+
+    Devices of the tensor axis share the sequence, heads and hidden channels, but experts read whole
+    rows on each. In FP8 what experts read is kept as codes, and what follows attention in 12 bits.
+    Without remat every step of a formula is kept, in FP32 beside the operands of products: two for
+    a norm, one for the router, and for SwiGLU, which has a gradient of its own in FP8 alone, five
+    and one more with routing weights.
+    """
+    config, size = setup.run.config, setup.itemsize
+    fp8 = setup.is_fp8
+    codes, twelve = (1 + 4 / 128, 1.5 + 4 / 128) if fp8 else (size, size)
+    N, D, A = config.num_heads, config.model_dim, config.query_key_dim
+    U, Q, Y = config.value_head_dim, config.query_latent_dim or 0, config.cache_dim
+    E, F, S = config.num_experts, config.expert_ffn_dim, config.num_shared_experts
+    rows = expert_rows(setup)
+    latent, attention = size * (Q + Y), N * U
+    hidden = codes * 2 * F * (rows + S)
+    normed = 2 * D + Q + config.kv_latent_dim
+    operands = codes * normed + size * N * (2 * A + U) + twelve * attention
+    swiglu = hidden if fp8 else (size + 4 * 5) * F * (rows + S) + 4 * F * rows
+    # Of each policy: what is shared, what is whole.
+    kept = {
+        "full": (size * D, 0.0),
+        "attention": (size * D + twelve * attention, 0.0),
+        "paper": (size * D + twelve * attention + latent + hidden, codes * rows * D),
+        "none": (operands + swiglu + 4 * (2 * normed + D + N + 2 * E), codes * rows * D),
+    }  # fmt: skip
+    shared, whole = kept[remat]
+    return shared / setup.mesh["tensor"] + whole
