@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from deepseek_jax.config import ModelConfig
-from pallas_kernels.quantize_fp8.reference import TILE, to_fp8
+from pallas_kernels.quantize_fp8.reference import TILE
+from pallas_kernels.rounding import to_fp8
 
 E4M3 = jnp.float8_e4m3fn
 FORMATS = ("fp32", "bf16", "fp8")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.logfmt import round_to_logfmt
-from pallas_kernels.quantize_fp8.reference import to_fp8
+from pallas_kernels.rounding import to_fp8
 
 TILE = 128
 FP8 = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.fp8 import KEPT, TILE, sides
-from pallas_kernels.quantize_fp8.reference import to_fp8
+from pallas_kernels.rounding import to_fp8
 
 # Matrices of the model that released FP8 checkpoints keep in BF16.
 IN_BF16 = (*KEPT, "w_join_DZ")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.quantize_fp8 import reference
-from pallas_kernels.quantize_fp8.reference import to_bf16, to_fp8
+from pallas_kernels.rounding import to_bf16, to_fp8
 from tests.pallas_kernels.lowering import optimized_for_cuda
 
 FP8 = [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2]
