@@ -31,6 +31,7 @@ from experiments.run_directory import RunDirectory
 
 # Beside the weights, what makes a checkpoint usable: tokenizer, chat template, licence.
 KEPT_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".py", ".md")
+LISTED = "name shape dtype place sha256".split()
 COLUMNS = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
 
 
@@ -54,6 +55,8 @@ class ConvertArgs:
     """With --audit, also the SHA-256 of every tensor as stored."""
     allow_nan: bool = False
     """Go on where a tensor holds NaN or infinite values."""
+    json: Path | None = None
+    """Write what --audit lists to this file."""
 
 
 def convert(args: ConvertArgs) -> None:
@@ -62,9 +65,14 @@ def convert(args: ConvertArgs) -> None:
         export_run(args)
         return
     checkpoint = open_checkpoint(args.source)
-    if args.audit:
+    if args.audit or args.json is not None:
+        listed = []
         for row in audit(checkpoint, checksums=args.checksums):
-            print("\t".join(row))
+            if args.audit:
+                print("\t".join(row))
+            listed.append(dict(zip(LISTED, row, strict=False)))
+        if args.json is not None:
+            write_json(args.json, listed)
     print(summary(checkpoint))
     if args.destination is not None:
         write_converted(checkpoint, args.destination, args.format, allow_nan=args.allow_nan)

@@ -199,7 +199,7 @@ def plan(args: LaunchArgs) -> tuple[Run, str, RunDirectory]:
         directory = RunDirectory(args.run)
         recorded, name = directory.read_run(), directory.read_config()["recipe"]
         if args.recipe is not None:
-            run = recipe(args.recipe)(args.steps)
+            run = recipe(args.recipe)(args.steps or recorded.steps)
         else:
             run = dataclasses.replace(recorded, steps=args.steps or recorded.steps)
         run = override(run, args)
@@ -278,6 +278,8 @@ def override(run: Run, args: LaunchArgs) -> Run:
         if getattr(args, field) is not None:
             changes[field] = getattr(args, field)
     if args.data is not None:
+        if not args.data:
+            raise ValueError("--data needs a path; without --data the text is Python's library")
         changes["data"] = args.data
     if args.precision is not None:
         changes["precision"] = Precision.of(args.precision)

@@ -60,8 +60,8 @@ def report(
     *,
     out: Path,
     notes: Mapping[str, Any],
-) -> None:
-    """Prints the tables and writes COMMAND.json and COMMAND.svg into `out`."""
+) -> dict[str, Any]:
+    """Prints the tables, writes COMMAND.json and COMMAND.svg into `out`, and returns the former."""
     origin = {**provenance(), **notes}
     title = f"bench {command}, " + ", ".join(str(v) for v in origin.values() if v)
     print_table(rows, title=title)
@@ -71,6 +71,7 @@ def report(
     record = {**origin, "rows": list(rows), "verdicts": list(verdicts)}
     write_json(out / f"{command}.json", plain(record))
     (out / f"{command}.svg").write_text(roofline(rows) + "\n")
+    return record
 
 
 def roofline(rows: Sequence[Mapping[str, Any]]) -> str:

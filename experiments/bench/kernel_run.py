@@ -21,7 +21,7 @@ import numpy as np
 from experiments.bench.kernel_data import for_jax, for_torch, random_array
 from experiments.bench.kernel_report import figures, report, verdict
 from experiments.bench.kernel_time import Call, Timer, import_torch, require_gpu
-from experiments.tables import print_table
+from experiments.tables import print_table, write_json
 
 # An operand is random data of a spec, or the array itself.
 Operand = jax.ShapeDtypeStruct | np.ndarray
@@ -110,6 +110,7 @@ def bench(args: "KernelArgs", *families: str) -> None:
     checks = {family: start_checks(family) for family in families if args.checks}
     compile_all(families, args.jobs)
     verdicts = {family: finish_checks(family, check) for family, check in checks.items()}
+    records: dict[str, dict[str, Any]] = {}
     for family, module in modules.items():
         if verdicts.get(family) and not verdicts[family][-1]["holds"]:
             print_table(
@@ -122,7 +123,9 @@ def bench(args: "KernelArgs", *families: str) -> None:
         )
         notes["seconds"] = round(time.monotonic() - began)
         judged = [*module.judge(rows), *verdicts.get(family, [])]
-        report(family, rows, judged, out=args.out, notes=notes)
+        records[family] = report(family, rows, judged, out=args.out, notes=notes)
+    if args.json is not None:
+        write_json(args.json, records)
 
 
 def bench_kernels(args: "KernelArgs") -> None:
@@ -277,7 +280,9 @@ class KernelArgs:
     limit: float = 240
     """Seconds after which a benchmark begins no further shape."""
     out: Path = Path("runs/bench")
-    """Folder of the JSON file and the picture."""
+    """Folder of the JSON file and the picture of each benchmark."""
+    json: Path | None = None
+    """Also write the figures of all of them to this file."""
 
 
 if __name__ == "__main__":

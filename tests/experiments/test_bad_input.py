@@ -41,11 +41,12 @@ def nothing_whole(run) -> None:
         (["launch", "--steps", "9", "--profile", "8", "10"], ["--profile 8 10", "from 0 to 9"]),
         (["launch", "--stepz", "3"], ["unknown option --stepz", "did you mean --steps?"]),
         (["launch", "--resume"], ["--resume needs --run"]),
+        (["launch", "--data"], ["--data needs a path"]),
     ],
     ids=lambda value: "-".join(value[1:]).lstrip("-") if "launch" in value else "",
 )
 def test_options_that_cannot_be(words, parts, trained, tmp_path):
-    if words[1] != "--resume":
+    if words[1] not in ("--resume", "--data"):
         words += ["--run", tmp_path / "run", "--data", trained.data, "--set", *runs.SETTINGS]
     code, _, err = runs.call(*words)
     refused(code, err, *parts)

@@ -69,8 +69,9 @@ def test_fp32_becomes_fp8_blocks(tmp_path, relative_error):
         assert relative_error(after[path], value) < 0.05, path
 
 
-def test_the_audit_lists_every_tensor_and_its_bytes(source):
-    code, out, _ = runs.call("convert", source, "--audit", "--checksums")
+def test_the_audit_lists_every_tensor_and_its_bytes(source, tmp_path):
+    path = tmp_path / "audit.json"
+    code, out, _ = runs.call("convert", source, "--audit", "--checksums", "--json", path)
     rows = {row[0]: row[1:] for row in (line.split("\t") for line in out.splitlines()[:-1])}
     stored = tensors_of(source)
     assert code == 0 and rows.keys() == stored.keys()
@@ -81,6 +82,8 @@ def test_the_audit_lists_every_tensor_and_its_bytes(source):
     assert rows[name][1:3] == ["F8_E4M3", "moe.ffn.w_up_EFD[0, 3]"]
     assert rows[name + "_scale_inv"][1:3] == ["F32", "moe.ffn.w_up_EFD[0, 3] scale"]
     assert "every tensor has its place" in out.splitlines()[-1]
+    listed = [list(row.values()) for row in json.loads(path.read_text())]
+    assert listed == [[name, *rest] for name, rest in rows.items()]
 
 
 def test_a_conversion_that_was_interrupted_goes_on_where_it_stopped(source, tmp_path, monkeypatch):
