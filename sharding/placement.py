@@ -18,7 +18,6 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from sharding.rules import (
     ACTIVATIONS,
-    BATCH_AXES,
     COMPUTE,
     PRODUCTS,
     STORE,
@@ -105,10 +104,13 @@ def is_split(x: jax.Array, letters: str, axis: str) -> bool:
     return mesh is not None and axis in _axes(spec(letters, x.shape, ACTIVATIONS, mesh.shape))
 
 
-def batch_is_split() -> bool:
-    """Whether several devices have tokens of a batch, so that gradients are summed over them."""
+def tokens_are_split() -> bool:
+    """Whether devices have different tokens, so that gradients are summed over them.
+
+    Those of the tensor axis have different parts of a sequence.
+    """
     mesh = current_mesh()
-    return mesh is not None and any(mesh.shape[axis] > 1 for axis in BATCH_AXES)
+    return mesh is not None and mesh.size > 1
 
 
 def local(

@@ -47,8 +47,10 @@ def state():
     )
 
 
-def step(state, mesh=None):
+def step(state, mesh=None, accumulation=1):
+    """The state and metrics after a step on one batch, or on the same several times."""
     placed, batch = on_device(state), make_batch(RUN)
+    batch["tokens"] = np.repeat(batch["tokens"], accumulation, axis=0)
     if mesh is not None:
         placed = jax.device_put(placed, training.state_shardings(RUN, mesh))
     # One code that falls the other way for the last bit of a sum changes all that follows, by 1e-2
@@ -82,6 +84,17 @@ def test_a_step_on_a_mesh_is_that_of_one_device(sizes, state, one_device):
         error = np.linalg.norm(found[name] - gradient) / np.linalg.norm(gradient)
         assert error <= 1e-3, (name, error)
         assert not found[name][gradient == 0].any(), name
+
+
+def test_the_same_micro_batch_twice_has_the_gradients_of_once(state):
+    # What was added up before must not be added up over the devices once more.
+    mesh = make_mesh(jax.devices()[:2], tensor=2)
+    once, twice = (gradients(step(state, mesh, count)[0]) for count in (1, 2))
+    for name, gradient in once.items():
+        np.testing.assert_allclose(
+            np.linalg.norm(twice[name] - gradient), 0, atol=1e-5 * np.linalg.norm(gradient),
+            err_msg=name,
+        )
 
 
 @pytest.mark.slow
