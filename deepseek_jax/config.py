@@ -147,8 +147,9 @@ class ModelConfig:
         return self.num_shared_experts * self.expert_ffn_dim
 
 
-COMBINE = ("bf16", "logfmt8", "logfmt10")
-RESIDUAL = ("bf16", "e4m3", "e5m2", "logfmt8", "logfmt10")
+Combine = Literal["bf16", "logfmt8", "logfmt10"]
+Residual = Literal["bf16", "e4m3", "e5m2", "logfmt8", "logfmt10"]
+COMBINE, RESIDUAL = typing.get_args(Combine), typing.get_args(Residual)
 
 
 @dataclass(frozen=True)
@@ -163,9 +164,9 @@ class Precision:
     matmul: Format = "fp32"
     moments: Literal["fp32", "bf16"] = "fp32"
     # In which experts' results go back to other devices; bf16: as activations are.
-    combine: Literal["bf16", "logfmt8", "logfmt10"] = "bf16"
+    combine: Combine = "bf16"
     # To which every branch rounds what it adds to the residual stream; bf16: as activations are.
-    residual: Literal["bf16", "e4m3", "e5m2", "logfmt8", "logfmt10"] = "bf16"
+    residual: Residual = "bf16"
     # Of FP8 products: None for the kernels of the device, or what runs on any, slowly.
     implementation: Literal["reference"] | None = None
 

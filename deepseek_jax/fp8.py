@@ -2,7 +2,8 @@
 
 V3 report, section 3.3: E4M3 everywhere; activations and gradients in tiles of 1 x 128, weights in
 blocks of 128 x 128; the input of the linear layer after attention in E5M6. Embedding, head, router,
-norms and the attention core stay as they are. The products are in linear.py and experts.py.
+norms and the attention core stay as they are. The products are in linear.py and, of gated networks
+(the experts' among them), in swiglu.py.
 
 What is quantised carries the array that its gradient belongs to and that no product reads: codes
 have no gradient. XLA drops it where nothing else needs it.

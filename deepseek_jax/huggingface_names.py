@@ -14,7 +14,7 @@ from deepseek_jax.config import ModelConfig
 from sharding.rules import letters_of
 
 # Ours, theirs. {l} counts layers, {e} experts; a line may hold for several stacks of layers.
-WHOLE = (
+OUTSIDE_LAYERS = (
     ("embed_VD", "model.embed_tokens.weight"),
     ("final_norm_D", "model.norm.weight"),
     ("head_VD", "lm_head.weight"),
@@ -122,7 +122,7 @@ def exists(config: ModelConfig, path: str) -> bool:
 
 def entries(config: ModelConfig) -> Iterator[Entry]:
     """Every tensor of a checkpoint, in the order of layers."""
-    for ours, theirs in WHOLE:
+    for ours, theirs in OUTSIDE_LAYERS:
         yield Entry(theirs, ours, (), released_shape(config, ours))
     for stack, first, count, table in stacks(config):
         known = [

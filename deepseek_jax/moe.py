@@ -4,6 +4,7 @@ V3 report eqs. 12-20; V2's softmax routers. No token is ever dropped.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from deepseek_jax import experts_in_place, few_rows, fp8
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.config import ModelConfig, Score
 from deepseek_jax.experts import expert_ffn, results_format, to_rows
 from deepseek_jax.layers import FeedForward, RoutingBias, normal
 from deepseek_jax.linear import Activation
@@ -94,6 +95,14 @@ class MoE(nnx.Module):
         return y_BTD, load
 
 
+# What a score makes of logits; what else hangs on it is in ModelConfig: the routing bias, and how
+# many experts speak for a group.
+SCORES: dict[Score, Callable[[jax.Array], jax.Array]] = {
+    "sigmoid": jax.nn.sigmoid,
+    "softmax": functools.partial(jax.nn.softmax, axis=-1),
+}
+
+
 @jax.named_scope("router")
 def scores(x_BTD, router_ED, config: ModelConfig) -> Float[Array, "B T E"]:
     """Affinity of each token to each expert, FP32 throughout."""
@@ -104,9 +113,7 @@ def scores(x_BTD, router_ED, config: ModelConfig) -> Float[Array, "B T E"]:
         logits_BTE = local(product, "BTD,ED->BTE", whole="E")(
             fp8.values(x_BTD).astype(jnp.float32), router_ED.astype(jnp.float32)
         )
-    if config.score == "sigmoid":
-        return jax.nn.sigmoid(logits_BTE)
-    return jax.nn.softmax(logits_BTE, axis=-1)
+    return SCORES[config.score](logits_BTE)
 
 
 @jax.named_scope("router")

@@ -35,7 +35,7 @@ LAYOUT = frozenset(
 # Of these, the ones after which an array is still the parameter it was.
 SAME = LAYOUT - {"concatenate", "dynamic_update_slice", "iota", "stack"}
 # Functions that are one operation however they are implemented, by the name in their jaxpr.
-WHOLE = {
+ONE_OPERATION = {
     "_grouped_matmul": "grouped_matmul",
     "_product_fp8": "linear",
     "_gated_ffn_fp8": "gated_ffn",
@@ -45,7 +45,7 @@ KERNEL_CALLS, KERNEL = ("custom_vmap_call", "mpmd_map"), "kernel"
 # cuDNN's attention, whose operands begin with queries, keys and values [B, T, N, width].
 ATTENTION = "dot_product_attention_fwd_wrapper"
 PRODUCTS = frozenset(
-    ("dot_general", ATTENTION, *WHOLE.values(), "grouped_gated_ffn")
+    ("dot_general", ATTENTION, *ONE_OPERATION.values(), "grouped_gated_ffn")
 )
 
 
@@ -63,7 +63,7 @@ class Op(NamedTuple):
     """An operation, and how often one run of the program does it."""
 
     part: str  # named scopes around it, "moe/attention"
-    name: str  # the primitive, or a name of WHOLE
+    name: str  # the primitive, or a name of ONE_OPERATION
     label: str  # the einsum of a product, the name of a kernel
     operands: tuple[Array, ...]
     result: Array
@@ -103,7 +103,7 @@ def _walk(jaxpr, names: list[str | None], scopes: str, times: int, add) -> list[
         inside, uses = f"{scopes}/{eqn.source_info.name_stack}", [named(x) for x in eqn.invars]
         kind = eqn.primitive.name
         body = _open(eqn.params[CALLS[kind]]) if kind in CALLS else None
-        whole = kind == "custom_vjp_call" and body.debug_info.func_name in WHOLE
+        whole = kind == "custom_vjp_call" and body.debug_info.func_name in ONE_OPERATION
         if kind == "while":
             _walk_while(eqn, uses, inside, times, add)
         elif kind == "cond":
@@ -157,7 +157,7 @@ def _op(eqn, body, uses: list[str | None], inside: str, times: int) -> Op:
         if eqn.params["precision"] is not None:
             label = f"{label} {eqn.params['precision'][0]}".strip()
     elif body is not None:
-        name = WHOLE[body.debug_info.func_name]
+        name = ONE_OPERATION[body.debug_info.func_name]
         contracted = next((x.shape[-1] for x in operands if x.shape), 0)
         if name in ("linear", "gated_ffn"):
             kernels = kernels_of(body)

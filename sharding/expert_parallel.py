@@ -5,10 +5,11 @@ two, first between nodes and then inside one, then the sort by expert. A token i
 target of a hop, whatever number of its experts lives there, and on the way back its rows are
 summed before each hop.
 
-Both directions move pytrees of per-token arrays and know no format: what a token consists of is
-sent as one row of 4-byte words. They are each other's transpose, so forward and backward move rows
-to places known beforehand, by all-to-alls between devices: nothing is added up with atomics, and
-results do not depend on the order in which devices run.
+Dispatch moves pytrees of per-token arrays and knows no format: what a token consists of is sent as
+one row of 4-byte words. Combine moves rows in the format of a hop's results. They are each other's
+transpose, so forward and backward move rows to places known beforehand, by all-to-alls between
+devices: nothing is added up with atomics, and results do not depend on the order in which devices
+run.
 """
 
 import functools
@@ -147,13 +148,13 @@ def dispatch_choices(w_TK: jax.Array, path: Path) -> jax.Array:
     return _to_rows((), PLAIN, w_TK.reshape(T * K, 1), (each,)).reshape(-1)
 
 
-def combine(y_MD: jax.Array, path: Path, wire: Wire = PLAIN) -> jax.Array:
+def combine(y_MD: jax.Array, path: Path, gradient_wire: Wire = PLAIN) -> jax.Array:
     """Sums each token's rows [M, D] to [T, D].
 
     Sums are FP32, in the order of the choices or of a hop's targets, and rounded to y's dtype
     before each hop. The gradient travels as dispatched tokens do.
     """
-    return _to_tokens(path.hops, wire, y_MD, path.layouts)
+    return _to_tokens(path.hops, gradient_wire, y_MD, path.layouts)
 
 
 def _forward(tree, layouts, hops):

@@ -38,7 +38,7 @@ PRODUCTS: Table = (
 ACTIVATIONS: Table = (*PRODUCTS, ("T", ("tensor",)))
 
 # Every device scores its tokens against all experts, so products see the router whole.
-WHOLE = {"router_ED": "E"}
+UNSPLIT = {"router_ED": "E"}
 
 
 def letters_of(name: str) -> str:
@@ -76,5 +76,5 @@ def weight_spec(
     """The PartitionSpec of a named weight. Vectors (norms) are small and stay whole."""
     letters = letters_of(name)
     if table is COMPUTE:
-        letters = "".join("_" if letter in WHOLE.get(name, "") else letter for letter in letters)
+        letters = "".join("_" if letter in UNSPLIT.get(name, "") else letter for letter in letters)
     return spec(letters if len(letters) > 1 else "", shape, table, axis_sizes)

@@ -20,7 +20,7 @@ MAY_IMPORT = {
 }
 # The order of the paper, which is the order of imports: a file imports only files before it.
 ORDER = (
-    "config configs precision e5m6 fp8 stored few_rows linear swiglu layers rope latent_cache "
+    "config configs e5m6 fp8 stored few_rows linear swiglu layers rope latent_cache "
     "attention experts experts_in_place moe residual block mtp model counts loss optimizer "
     "training sampling drafting decoding generate tensor_files huggingface_blocks "
     "huggingface_config huggingface_names huggingface_checkpoint huggingface checkpoint"

@@ -11,7 +11,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.fp8 import TILE
 from deepseek_jax.moe import row_alignment
 from experiments.planning.setup import Setup
-from experiments.planning.weights import WHOLE, optimizer_bytes, parameter_bytes, shards, weights
+from experiments.planning.weights import TABLES, optimizer_bytes, parameter_bytes, shards, weights
 
 
 class Memory(NamedTuple):
@@ -48,7 +48,7 @@ def memory(setup: Setup) -> Memory:
     elif setup.is_fp8:
         at_work = 0.0
     # Embedding or head whole in FP32, and two of their gradients; not at the same time as a layer.
-    table = 3 * 4 * max(w.size for w in held if w.leaf in WHOLE)
+    table = 3 * 4 * max(w.size for w in held if w.leaf in TABLES)
     if setup.is_fp8:
         # Codes of all quantised matrices, as they are and transposed.
         at_work += 2 * stored / 4

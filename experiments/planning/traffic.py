@@ -5,7 +5,7 @@ import math
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.fp8 import TILE, falls_on_blocks
 from experiments.planning.setup import Setup
-from experiments.planning.weights import WHOLE, Weight, code_axes, shards, weights
+from experiments.planning.weights import TABLES, Weight, code_axes, shards, weights
 from sharding.cost import Transfer
 from sharding.exchange import axis_hops
 
@@ -21,7 +21,7 @@ def weight_transfers(setup: Setup) -> list[Transfer]:
     for w in weights(run.config, mesh):
         size = w.size / shards(w.computed, mesh)
         # Embedding and head are used once more by each MTP module.
-        uses = 1 + run.config.num_mtp if w.leaf in WHOLE else 1
+        uses = 1 + run.config.num_mtp if w.leaf in TABLES else 1
         sums = uses * w.layers * setup.accumulation
         each = size / w.layers
         for item, often, axes in gathers(w, setup):
@@ -49,7 +49,7 @@ def gathers(weight: Weight, setup: Setup) -> list[tuple[float, int, tuple[str, .
     forward, and for products that are computed again, and transposed codes backward.
     """
     often, own = setup.accumulation if setup.scheme.zero == 3 else 1, weight.gathered
-    if weight.leaf in WHOLE:
+    if weight.leaf in TABLES:
         return [(4, often, own)]
     if setup.is_fp8 and weight.is_matrix and weight.leaf != "router_ED":
         shape = weight.shape[-len(weight.letters) :]

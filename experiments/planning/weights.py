@@ -20,7 +20,7 @@ from sharding.mesh import AXES
 from sharding.rules import COMPUTE, STORE, Table, letters_of, spec, weight_spec
 
 # The model multiplies with these whole, whatever the compute table says of V.
-WHOLE = ("embed_VD", "head_VD")
+TABLES = ("embed_VD", "head_VD")
 
 
 class Weight(NamedTuple):
@@ -71,7 +71,7 @@ class Weight(NamedTuple):
         """The part of the model that a table lists it under."""
         if self.name.startswith("mtp."):
             return "MTP"
-        if self.leaf in WHOLE:
+        if self.leaf in TABLES:
             return "embedding" if self.leaf == "embed_VD" else "head and loss"
         if ".attention." in self.name:
             return "attention"
@@ -106,7 +106,7 @@ def _weights(config: ModelConfig, mesh: tuple[int, ...]) -> tuple[Weight, ...]:
         split = lambda table, leaf=leaf, shape=shape: above(
             _axes(weight_spec(leaf, shape, table, sizes))
         )
-        computed: Table = () if leaf in WHOLE else COMPUTE
+        computed: Table = () if leaf in TABLES else COMPUTE
         found.append(Weight(name, shape, split(STORE), split(computed), above(AXES)))
     return tuple(found)
 

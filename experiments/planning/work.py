@@ -9,7 +9,7 @@ from deepseek_jax.loss import CHUNK_ELEMENTS
 from deepseek_jax.moe import row_alignment
 from experiments.planning.memory import block_rows, expert_rows, kept_bytes, stacked_layers
 from experiments.planning.setup import Setup
-from experiments.planning.weights import WHOLE, shards, weights
+from experiments.planning.weights import TABLES, shards, weights
 from sharding.cost import Work
 
 # Products that the backward pass does again under each policy of block.REMAT, as parts of
@@ -140,7 +140,7 @@ def state_work(setup: Setup) -> list[Work]:
     for w in weights(run.config, mesh):
         held, used = w.size / shards(w.stored, mesh), w.size / shards(w.computed, mesh)
         gathered = used if w.gathered else 0.0
-        if w.is_matrix and w.leaf not in WHOLE:
+        if w.is_matrix and w.leaf not in TABLES:
             if setup.is_fp8 and w.leaf != "router_ED":
                 cast += held * (4 + 2) + gathered * 2 * (count if setup.scheme.zero == 3 else 1)
             elif setup.scheme.zero == 3:

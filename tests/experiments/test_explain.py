@@ -187,7 +187,7 @@ def test_every_matrix_of_an_fp8_model_but_router_and_head_multiplies_in_fp8(fp8)
                 assert row["computes in"] == "dot_general bf16"
             elif len(row["letters"].strip("L")) > 1 and name != "embed_VD":
                 assert row["computes in"].endswith(("linear fp8", "gated_ffn fp8")), row
-        assert {op.computes for op in ops if op.name in program.WHOLE.values()} == {"fp8"}
+        assert {op.computes for op in ops if op.name in program.ONE_OPERATION.values()} == {"fp8"}
 
 
 def test_explain_names_the_kernels_of_fp8_products_or_the_reference(fp8):
