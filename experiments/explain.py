@@ -21,7 +21,7 @@ from deepseek_jax.linear import DTYPES
 from deepseek_jax.training import TrainState, abstract_state, join, loss_and_aux
 from experiments import program, tables
 from experiments.command_line import unknown
-from experiments.planning.setup import refusal
+from experiments.planning.setup import named_sizes, refusal
 from experiments.program import ATTENTION, LAYOUT, PRODUCTS, Op
 from experiments.recipes import RECIPES
 from experiments.tables import print_table, write_json
@@ -117,12 +117,7 @@ def run_of(args: ExplainArgs) -> Run:
 
 def mesh_sizes(words: Iterable[str]) -> dict[str, int]:
     """{"fsdp": 8} of ("fsdp=8",), in the order of AXES; axes of size 1 are left out."""
-    sizes = {}
-    for word in ",".join(words).split(",") if words else ():
-        axis, _, size = word.partition("=")
-        if axis not in AXES or not size.isdigit() or int(size) < 1:
-            raise ValueError(f"--mesh {word!r} must be AXIS=SIZE, an axis of {', '.join(AXES)}")
-        sizes[axis] = int(size)
+    sizes = named_sizes(",".join(words)) if words else {}
     return {axis: sizes[axis] for axis in AXES if sizes.get(axis, 1) > 1}
 
 

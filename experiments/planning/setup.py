@@ -79,7 +79,8 @@ def named_sizes(words: str) -> dict[str, int]:
     for word in words.replace(" ", ",").split(","):
         axis, _, size = word.partition("=")
         if axis not in AXES:
-            raise ValueError(f"unknown mesh axis {axis!r}: the axes are {', '.join(AXES)}")
+            known = ", ".join(AXES)
+            raise ValueError(f"unknown mesh axis {axis!r}: the axes are {known} (in {word})")
         if not size.isdigit() or int(size) < 1:
             raise ValueError(f"--mesh {word!r} must be AXIS=SIZE with a size of at least 1")
         sizes[axis] = int(size)
