@@ -9,13 +9,13 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import tyro
 
 from deepseek_jax.config import Precision, Run, Schedule
 from experiments.planning import targets
-from experiments.planning.choose import REACHED, Candidate, candidates, ordered, prediction
+from experiments.planning.choose import REACHED, Candidate, candidates, prediction
 from experiments.planning.compare import compared
 from experiments.planning.compile import compile_setup
 from experiments.planning.fit import fit, is_fitted
@@ -24,9 +24,12 @@ from experiments.planning.picture import Point, draw
 from experiments.planning.setup import Setup, mesh_name
 from experiments.recipes import recipe
 from experiments.tables import print_table, write_json
+from sharding.cost import Reached
 from sharding.hardware import Cluster, cluster
 
 GIB = 2**30
+# What is fitted to be faster than this part of the hardware's figures limits no step.
+FREE = 1e6
 
 
 @dataclass(frozen=True)
@@ -90,12 +93,12 @@ def sweep_command(args: SweepArgs) -> None:
     chosen = (args.recipe, args.cluster, args.precision, args.batch)
     out = args.out or Path("sweeps") / "-".join(str(c) for c in chosen if c is not None)
     run, where = run_of(args), cluster(args.cluster)
-    rows = sweep(run, where, best=args.best, measured=args.measure, out=out, say=print)
+    rows, reached = swept(run, where, best=args.best, measured=args.measure, out=out, say=print)
     shown = [r for r in rows if r.compiled_bytes or r.measured or r.refused] or rows[: args.best]
     print_table([readable(row) for row in shown], title=f"{args.recipe} on {where.name}")
     fitting = [row for row in rows if row.fits]
     if fitting:
-        print(explanation(run, where, fitting[0]))
+        print(explanation(run, where, fitting[0], reached))
     print(f"{len(rows)} setups, {len({mesh_name(r.mesh) for r in rows})} meshes; table.csv, "
           f"table.json and picture.png are in {out}")  # fmt: skip
     if args.json is not None:
@@ -135,6 +138,21 @@ def sweep(
     """
     run = recipe(run)(None) if isinstance(run, str) else run
     where = cluster(where) if isinstance(where, str) else where
+    return swept(run, where, best=best, measured=measured, out=out, say=say).rows
+
+
+class Swept(NamedTuple):
+    """The rows, and the constants that predict their seconds."""
+
+    rows: list[Row]
+    reached: Reached
+
+
+def swept(
+    run: Run, where: Cluster, *, best: int, measured: bool, out: Path | None, say
+) -> Swept:
+    """Costs all setups, compiles or measures a shortlist, and ranks."""
+    reached = REACHED[where.accelerator.platform]
     found = candidates(run, where)
     notes = Notes(out)
     chosen = shortlist(found, best)
@@ -148,11 +166,12 @@ def sweep(
             notes.add("measured", setup, {"failed" if failed else "seconds": seconds})
             took = seconds if failed else f"{statistics.median(seconds):.3f} s"
             say(f"  measured {index}/{len(todo)} {setup.name}: {took}")
-        found = recosted(found, chosen, notes, say)
+        reached = fitted(chosen, notes, say)
+        found = candidates(run, where, reached)
     rows = table(found, notes)
     if out is not None:
         write(rows, out, title=f"{len(rows)} setups of a train step on {where.name}", where=where)
-    return rows
+    return Swept(rows, reached)
 
 
 def shortlist(found: Sequence[Candidate], best: int) -> list[Candidate]:
@@ -193,29 +212,25 @@ def compile_all(chosen: Sequence[Candidate], notes: "Notes", say) -> None:
         list(pool.map(one, todo))
 
 
-def recosted(found: list[Candidate], chosen, notes: "Notes", say) -> list[Candidate]:
-    """Predictions with constants fitted on the meshes that are named for it, and how they rank."""
+def fitted(chosen: Sequence[Candidate], notes: "Notes", say) -> Reached:
+    """Constants fitted on the measured meshes that are named for it; says how the others rank."""
     notes_of = {c.setup.name: notes.get("measured", c.setup) for c in chosen}
     times = {name: statistics.median(note["seconds"])
              for name, note in notes_of.items() if "seconds" in note}  # fmt: skip
-    chosen = [c for c in chosen if c.setup.name in times]
-    if not chosen:
-        return found
-    basis = [c for c in chosen if is_fitted(c.setup.mesh)]
     reached = REACHED[chosen[0].setup.cluster.accelerator.platform]
+    chosen = [c for c in chosen if c.setup.name in times]
+    basis = [c for c in chosen if is_fitted(c.setup.mesh)]
     if len(basis) >= 5:
         reached = fit([c.setup for c in basis], [times[c.setup.name] for c in basis])
-        say(f"  constants fitted on {len(basis)} meshes: {reached}")
+        parts = {name: getattr(reached, name) for name in ("products", "memory", "network")}
+        shown = ", ".join(f"{name} {part:.2f}" for name, part in parts.items() if part < FREE)
+        say(f"  fitted on {len(basis)} meshes: of the hardware's figures they reach {shown}")
     judged = [c for c in chosen if c not in basis] if len(basis) >= 5 else chosen
     if len(judged) > 2:
         predicted = [prediction(c.setup, reached).seconds for c in judged]
         rank = spearman(predicted, [times[c.setup.name] for c in judged])
         say(f"  Spearman's rank correlation over {len(judged)} others: {rank:.3f}")
-    again = []
-    for c in found:
-        expected = prediction(c.setup, reached)
-        again.append(c._replace(seconds=expected.seconds, exposed=expected.exposed))
-    return ordered(again)
+    return reached
 
 
 def table(found: Iterable[Candidate], notes: "Notes") -> list[Row]:
@@ -291,14 +306,14 @@ def readable(row: Row) -> dict:
     }  # fmt: skip
 
 
-def explanation(run: Run, where: Cluster, best: Row) -> str:
+def explanation(run: Run, where: Cluster, best: Row, reached: Reached | None = None) -> str:
     """Why the best setup is the best: what its step waits for, and what the neighbours lose."""
-    found = {c.setup.name: c for c in candidates(run, where)}
+    found = {c.setup.name: c for c in candidates(run, where, reached)}
     chosen = next(
         c for c in found.values() if c.setup.mesh == best.mesh
         and (c.setup.sequences, c.setup.run.remat) == (best.sequences, best.remat)
     )  # fmt: skip
-    expected = prediction(chosen.setup)
+    expected = prediction(chosen.setup, reached)
     work = max(expected.work_by_part.items(), key=lambda item: item[1])
     lines = [
         f"The best shape is {best.name}: {best.seconds:.3g} s a step, of which work takes "
@@ -311,9 +326,9 @@ def explanation(run: Run, where: Cluster, best: Row) -> str:
         lines.append(f"It sends most for {parts}.")
     for what, changed in neighbours(chosen, list(found.values())):
         verb = "does not fit" if not changed.fits else f"takes {changed.seconds:.3g} s"
-        lines.append(f"With {what} it {verb} ({changed.bytes / GIB:.0f} GiB).")
+        lines.append(f"With {what} it {verb} ({changed.bytes / GIB:.3g} GiB).")
     has = where.accelerator.memory / GIB
-    lines.append(f"It needs about {best.bytes / GIB:.0f} of {has:.0f} GiB.")
+    lines.append(f"It needs about {best.bytes / GIB:.3g} of {has:.3g} GiB.")
     return " ".join(lines)
 
 

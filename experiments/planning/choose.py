@@ -42,15 +42,15 @@ def prediction(setup: Setup, reached: Reached | None = None) -> Prediction:
     return predict(step_work(setup), step_transfers(setup), setup.mesh, hardware, reached)
 
 
-def candidate(setup: Setup) -> Candidate:
+def candidate(setup: Setup, reached: Reached | None = None) -> Candidate:
     """A setup, costed."""
-    expected = prediction(setup)
+    expected = prediction(setup, reached)
     return Candidate(setup, memory(setup).total, expected.seconds, expected.exposed)
 
 
-def candidates(run: Run, cluster: Cluster) -> list[Candidate]:
+def candidates(run: Run, cluster: Cluster, reached: Reached | None = None) -> list[Candidate]:
     """Every legal setup, costed; those that fit come first, fast before slow, small before big."""
-    return ordered(candidate(setup) for setup in setups(run, cluster))
+    return ordered(candidate(setup, reached) for setup in setups(run, cluster))
 
 
 def ordered(found: Iterable[Candidate]) -> list[Candidate]:

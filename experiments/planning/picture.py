@@ -57,14 +57,17 @@ def draw(points: Sequence[Point], path: Path, *, title: str, memory_gib: float) 
             axes.annotate(point.label, (point.gib, point.seconds), fontsize=8, color=INK,
                           xytext=(4, 8), textcoords="offset points",
                           bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5})  # fmt: skip
-    axes.axvline(memory_gib, color=INK, linewidth=0.8, linestyle="--")
     sizes = [p.gib for p in points]
+    # Far beyond all points it would press them together.
+    if shows_memory := memory_gib < 3 * max(sizes):
+        axes.axvline(memory_gib, color=INK, linewidth=0.8, linestyle="--")
     times = [p.seconds for p in points] + [p.measured for p in measured]
     # Within a decade a logarithmic axis has next to no ticks.
     for values, set_scale in ((sizes, axes.set_xscale), (times, axes.set_yscale)):
         if max(values) > 10 * min(values):
             set_scale("log")
-    axes.set_xlabel("GiB of a device, by formula (dashed: what it has)", color=INK)
+    has = "dashed: what it has" if shows_memory else f"it has {memory_gib:.3g}"
+    axes.set_xlabel(f"GiB of a device, by formula ({has})", color=INK)
     axes.set_ylabel("seconds of a step, predicted" + (" and measured" if measured else ""),
                     color=INK)  # fmt: skip
     axes.set_title(title, loc="left", fontsize=11, color=INK)
