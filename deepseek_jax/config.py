@@ -294,8 +294,8 @@ class Run:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.remat not in typing.get_args(Remat):
             raise ValueError(f"remat={self.remat!r} must be one of {typing.get_args(Remat)}")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} must be at least 0")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must be at least 0, at most {2**32 - 1}")
         if not 0.0 <= self.fim_rate <= 1.0:
             raise ValueError(f"fim_rate={self.fim_rate} must be between 0 and 1")
         if self.ema_decay is not None and not 0.0 <= self.ema_decay < 1.0:

@@ -139,6 +139,10 @@ def check_written(arguments: Any) -> None:
         return
     if path.is_dir():
         raise ValueError(f"--json {path} is a folder: name a file")
+    for name in ("run", "source", "destination", "imported"):
+        folder = getattr(arguments, name, None)
+        if path.exists() and folder and path.resolve().is_relative_to(Path(folder).resolve()):
+            raise ValueError(f"--json {path} is a file of {folder}: name another")
     probe = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

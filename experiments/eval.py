@@ -135,7 +135,8 @@ def score(
         split,
         eos=shards.eos,
         seq_len=run.seq_len,
-        batch_size=batch_size,
+        # A short text fills no more.
+        batch_size=min(batch_size, max(1, -(-2 * split.num_tokens // run.seq_len))),
         context=run.seq_len // 2,
         segments=run.mask_documents,
     )

@@ -15,6 +15,8 @@ from deepseek_jax.training import TrainState, init_state, split, state_shardings
 
 def imported_run(run: Run, path: Path) -> Run:
     """The run with the sizes of a checkpoint, and its tokenizer where the run names none."""
+    if (path / "checkpoints").is_dir() and (path / "metrics.jsonl").exists():
+        raise ValueError(f"--from {path} is a run: `convert {path} FOLDER` makes weights of it")
     config = dataclasses.replace(open_checkpoint(path).config, init_std=run.config.init_std)
     tokenizer = path / "tokenizer.json"
     if run.tokenizer is None and tokenizer.is_file():

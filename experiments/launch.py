@@ -34,7 +34,7 @@ from experiments.eval import compressors, recorded_shards, run_tokenizer, score,
 from experiments.imported import imported_run
 from experiments.recipes import recipe
 from experiments.records import metrics_lines
-from experiments.run_directory import RunDirectory, check_unchanged
+from experiments.run_directory import RunDirectory, check_unchanged, hash_of
 from experiments.submit import submit
 from experiments.tables import print_table, write_json
 from experiments.train import Stopped, batch_source, first_state, model_summary, train
@@ -154,10 +154,13 @@ def train_on(
     source = batch_source(run, shards)
     checkpoints = Checkpoints(directory.checkpoints, keep=run.keep_checkpoints)
     imported = recorded_import(args, directory)
+    if args.resume:
+        directory.check_resumable(checkpoints.latest)
     state = first_state(run, checkpoints, devices.mesh, imported=imported)
     check_profile(args.profile, begin=int(state.step), steps=run.steps)
     record = describe(args, run, name, directory, shards)
-    if processes.is_first() and not args.resume and shards.tokenizer_file is not None:
+    kept = args.resume and directory.tokenizer.exists()
+    if processes.is_first() and not kept and shards.tokenizer_file is not None:
         directory.write_tokenizer(shards.tokenizer_file)
     display = TrainingDisplay(run.steps)
     try:
@@ -210,7 +213,11 @@ def plan(args: LaunchArgs) -> tuple[Run, str, RunDirectory]:
     run = recipe(name)(args.steps)
     if args.imported is not None:
         run = imported_run(run, args.imported)
-    run = override(run, args)
+    before, run = run.config, override(run, args)
+    if args.imported is not None and run.config != before:
+        raise ValueError(
+            f"--set cannot change config: its sizes are those of --from {args.imported}"
+        )
     path = args.run or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     return run, name, RunDirectory(processes.texts(str(path))[0])
 
@@ -308,6 +315,7 @@ def describe(
         "command": command,
         "imported": recorded_import(args, directory),
         "run": to_json(run),
+        "run_hash": hash_of(to_json(run)),
         "corpus": {"hash": shards.corpus_hash, "documents": shards.train.num_documents,
                    "tokens": shards.train.num_tokens, "bytes": shards.train.num_bytes},
         "tokenizer": shards.tokenizer_hash,

@@ -58,6 +58,8 @@ def load_model(
 ) -> Loaded:
     """The model of a run, or of a checkpoint folder in a precision ("bf16" by default)."""
     if not is_checkpoint(path):
+        if precision is not None:
+            raise ValueError(f"{path} is a run, which has its own precision: leave out --precision")
         directory = RunDirectory(path)
         model = trained_model(*load_run(directory, step=step, mesh=mesh))
         tokenizer = run_tokenizer(directory)

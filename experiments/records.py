@@ -41,7 +41,6 @@ def read_records(run_dir: Path) -> Records:
     if not (run_dir / "config.json").is_file():
         raise ValueError(f"{run_dir} holds no config.json: name the folder of a run")
     config = json.loads((run_dir / "config.json").read_text())
-    summary = run_dir / "summary.json"
     # A step written twice, before a crash and after the resume, counts once.
     lines = {line["step"]: line for line in metrics_lines(run_dir / "metrics.jsonl")}
     steps = sorted(lines)
@@ -51,12 +50,22 @@ def read_records(run_dir: Path) -> Records:
     loads = [np.asarray(lines[step]["expert_load_LE"], np.float64) for step in load_steps]
     return Records(
         config=config,
-        summary=json.loads(summary.read_text()) if summary.is_file() else None,
+        summary=read_summary(run_dir / "summary.json"),
         steps=steps,
         scalars=scalars,
         load_steps=load_steps,
         load_LET=np.stack(loads, axis=-1) if loads else np.zeros((0, 0, 0)),
     )
+
+
+def read_summary(path: Path) -> dict[str, Any] | None:
+    """summary.json; None where there is none."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it") from error
 
 
 def metrics_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -17,6 +17,7 @@ FREE_ON_RESUME = ("steps", "checkpoint_every", "keep_checkpoints", "max_skipped"
 
 # What config.json must hold for a run to go on or to be used.
 RECORD = ("recipe", "command", "run", "run_hash", "corpus", "tokenizer", "shards")
+KINDS = {"recipe": str, "run_hash": str, "corpus": dict, "tokenizer": str, "shards": list}
 LOST = "copy it again, or start another --run"
 
 
@@ -82,11 +83,27 @@ class RunDirectory:
 
     def write_config(self, record: dict[str, Any]) -> None:
         with writing(self.config):
-            write_json(self.config, {**record, "run_hash": hash_of(record["run"])})
+            write_json(self.config, record)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         with writing(self.summary):
             write_json(self.summary, summary)
+
+    def forget_summary(self) -> None:
+        """A run that goes on has not ended."""
+        self.summary.unlink(missing_ok=True)
+
+    def check_resumable(self, step: int | None) -> None:
+        """Raises where the checkpoints of a finished run, or the metrics of its steps, are gone.
+
+        Args:
+          step: of the last checkpoint; a run that was killed early may have none yet.
+        """
+        metrics = self.path / "metrics.jsonl"
+        if step is None and (self.path / "summary.json").exists():
+            raise ValueError(f"{self.checkpoints} holds no checkpoint of this run: {LOST}")
+        if step and not metrics.exists():
+            raise ValueError(f"{metrics} is missing, which a run goes on with: {LOST}")
 
     def write_tokenizer(self, source: Path) -> None:
         """Keeps a copy of a tokenizer.json, whole or not at all."""
@@ -111,6 +128,17 @@ class RunDirectory:
             missing = [field for field in RECORD if field not in found]
         except (ValueError, TypeError) as error:
             raise ValueError(f"{record} is damaged ({error}): {LOST}") from error
+        if "model_type" in found and missing:
+            raise ValueError(
+                f"{self.path} is a checkpoint of released weights, not the directory of a run: "
+                "launch --from trains on from it, sample and convert read it"
+            )
+        wrong = [
+            field for field, kind in KINDS.items()
+            if field in found and not isinstance(found[field], kind)
+        ]
+        if not missing and (wrong or "hash" not in found["corpus"]):
+            raise ValueError(f"{record} is damaged ({(wrong or ['corpus'])[0]}): {LOST}")
         if missing:
             raise ValueError(f"{record} is damaged ({missing[0]} is missing): {LOST}")
         return found

@@ -55,6 +55,12 @@ class SampleArgs(MeshArgs):
 
 def sample(args: SampleArgs) -> None:
     """Prints the prompt and its continuation as it is made."""
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed {args.seed} must be at least 0, at most {2**32 - 1}")
+    try:
+        args.prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("--prompt is not UTF-8: write it in UTF-8") from error
     devices = devices_of(args, run_of(args.run))
     with devices.scope():
         continue_prompt(args, devices.mesh)

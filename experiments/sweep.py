@@ -92,6 +92,8 @@ def sweep_command(args: SweepArgs) -> None:
     """Prints the best rows and says where everything lies."""
     chosen = (args.recipe, args.cluster, args.precision, args.batch)
     out = args.out or Path("sweeps") / "-".join(str(c) for c in chosen if c is not None)
+    if args.best < 0:
+        raise ValueError(f"--best {args.best} must be at least 0")
     run, where = run_of(args), cluster(args.cluster)
     rows, reached = swept(run, where, best=args.best, measured=args.measure, out=out, say=print)
     shown = [r for r in rows if r.compiled_bytes or r.measured or r.refused] or rows[: args.best]

@@ -101,6 +101,7 @@ def train(
         first = next(batches)
         memory = step_of.memory(first)
         directory.write_config(record)
+        directory.forget_summary()  # of fewer steps
         display.start([*header, ("memory", f"{memory / 2**30:.2f} GiB planned for the step")])
         stack.callback(display.stop)
         log = MetricsLog(directory.metrics, resume_step=begin)

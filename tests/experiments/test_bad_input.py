@@ -42,6 +42,7 @@ def nothing_whole(run) -> None:
         (["launch", "--stepz", "3"], ["unknown option --stepz", "did you mean --steps?"]),
         (["launch", "--resume"], ["--resume needs --run"]),
         (["launch", "--data"], ["--data needs a path"]),
+        (["launch", "--seed", "99999999999", "--steps", "1"], ["seed=99999999999", "4294967295"]),
     ],
     ids=lambda value: "-".join(value[1:]).lstrip("-") if "launch" in value else "",
 )
@@ -131,11 +132,14 @@ def test_the_field_of_the_text_can_be_named(trained, tmp_path):
 
 def test_json_that_cannot_be_written_is_refused_before_training(trained, tmp_path):
     (tmp_path / "file").write_text("mine")
-    for path in (tmp_path, tmp_path / "file" / "summary.json"):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.json").write_text("mine")
+    for path in (tmp_path, tmp_path / "file" / "summary.json", tmp_path / "run" / "mine.json"):
         words = runs.launch_words(tmp_path / "run", trained.data, "--json", str(path))
         code, out, err = runs.call(*words)
         refused(code, err, f"--json {path}")
         assert out == ""
+    assert (tmp_path / "run" / "mine.json").read_text() == "mine"
     nothing_whole(tmp_path / "run")
 
 
@@ -231,6 +235,8 @@ def test_fewer_steps_than_are_done(trained):
         ("unknown-field", ["unknown field widht"]),
         ("wrong-type", ["config.json is damaged", "copy it again"]),
         ("edited", ["config.json was edited", "another --run"]),
+        ("no-hash", ["config.json is damaged (corpus)", "copy it again"]),
+        ("no-shards", ["config.json is damaged (shards)", "copy it again"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -246,6 +252,8 @@ def test_a_path_that_is_no_run(words, there, parts, trained, tmp_path):
         "half": json.dumps(record).encode()[:900],
         "no-run": json.dumps({k: v for k, v in record.items() if k != "run"}).encode(),
         "unknown-field": json.dumps(record | {"run": record["run"] | {"widht": 3}}).encode(),
+        "no-hash": json.dumps(record | {"corpus": {}}).encode(),
+        "no-shards": json.dumps(record | {"shards": None}).encode(),
         "edited": json.dumps(record | {"run": record["run"] | {"seed": 3}}).encode(),
         "wrong-type": json.dumps(record | {"run": record["run"] | {"seq_len": "long"}}).encode(),
     }.get(there)  # fmt: skip
@@ -370,6 +378,9 @@ def test_a_tokenizer_file_that_is_none(content, trained, tmp_path):
         (["sample", "--max-new-tokens", "0"], ["max_new_tokens=0"]),
         (["sample", "--max-new-tokens", "900"], ["max_new_tokens=900", "max_length=64"]),
         (["sample", "--temperature", "-1", "--max-new-tokens", "8"], ["temperature=-1.0"]),
+        (["sample", "--seed", "-1"], ["--seed -1", "4294967295"]),
+        (["sample", "--prompt", "\udcff"], ["--prompt", "UTF-8"]),
+        (["sample", "--precision", "bf16"], ["is a run", "leave out --precision"]),
     ],
     ids=lambda value: "-".join(value[1:]).lstrip("-") if value[0] in ("eval", "sample") else "",
 )

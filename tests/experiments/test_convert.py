@@ -125,6 +125,10 @@ def test_damage_is_one_line_and_nothing_is_written(source, tmp_path):
 
 def test_a_run_is_exported_and_trained_on_from(trained, tmp_path):
     out = tmp_path / "out"
+    code, _, err = runs.call("convert", trained.run, out, "--audit")
+    assert code == 2 and "is a run: export it first" in err and not out.exists()
+    code, _, err = runs.call("launch", "tiny", "--from", trained.run, "--run", tmp_path / "x")
+    assert code == 2 and "`convert" in err
     assert runs.call("convert", trained.run, out, "--format", "fp32")[0] == 0
     _, state = load_run(RunDirectory(trained.run))
     loaded = leaves(load_huggingface(out))

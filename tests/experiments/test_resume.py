@@ -169,6 +169,8 @@ def test_a_run_goes_on_for_more_steps(trained, monkeypatch, tmp_path):
     code, _, err = runs.call(*RESUME, run, "--steps", 26)
     assert (code, err) == (0, "")
     assert runs.metrics(run)[:24] == runs.metrics(trained.run)
+    # What was said of fewer steps no longer holds; the test leaves out what says it of these.
+    assert not (run / "summary.json").exists()
     assert [entry["step"] for entry in runs.metrics(run)] == list(range(1, 27))
     # Both commands are needed to make this run again.
     command = runs.record(run)["command"]
@@ -196,6 +198,16 @@ def test_sigterm_before_the_first_step_leaves_no_run(trained, compile_cache, tmp
     _, err = child.communicate(timeout=60)
     assert (child.returncode, err) == (130, "interrupted\n")
     assert not (run / "config.json").exists() and not (run / ".lock").exists()
+
+
+@pytest.mark.parametrize("lost", ["checkpoints", "metrics.jsonl"])
+def test_a_finished_run_without_what_it_goes_on_with_is_refused(trained, tmp_path, lost):
+    run = shutil.copytree(trained.run, tmp_path / "run")
+    path = run / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    code, _, err = runs.call(*RESUME, run, "--steps", 26)
+    assert code == 2 and lost in err and err.count("\n") == 1
+    assert (run / "summary.json").exists()
 
 
 def test_resuming_needs_neither_the_text_nor_its_place(trained, monkeypatch, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import deepseek_jax as ds
 from deepseek_jax.config import to_json
 from experiments import recipes
-from experiments.run_directory import MetricsLog, RunDirectory, check_unchanged
+from experiments.run_directory import MetricsLog, RunDirectory, check_unchanged, hash_of
 from tests.experiments import runs
 
 RUN = recipes.tiny(10)
@@ -90,7 +90,8 @@ def test_a_directory_is_one_process_s_at_a_time(tmp_path):
 
 def test_a_run_is_read_back(tmp_path):
     directory = RunDirectory(tmp_path)
-    record = dict.fromkeys(("recipe", "command", "corpus", "tokenizer", "shards"), "x")
+    record = dict.fromkeys(("recipe", "command", "tokenizer"), "x")
+    record |= {"corpus": {"hash": "x"}, "shards": ["data"], "run_hash": hash_of(to_json(RUN))}
     directory.write_config(record | {"run": to_json(RUN)})
     assert directory.read_run() == RUN
 

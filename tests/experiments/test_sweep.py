@@ -114,6 +114,12 @@ def test_a_sweep_writes_a_table_twice_and_a_picture(tmp_path):
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_fewer_than_none_are_not_compiled():
+    args = sweep_module.SweepArgs("tiny", "cpux8", best=-1)
+    with pytest.raises(ValueError, match="--best -1 must be at least 0"):
+        sweep_module.sweep_command(args)
+
+
 def test_precision_and_batch_of_a_sweep_replace_those_of_the_recipe(tmp_path):
     words = "--cluster h200x1 --precision fp8 --batch 8".split()
     path = tmp_path / "rows.json"
