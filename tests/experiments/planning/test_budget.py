@@ -311,8 +311,8 @@ def test_formulas_foresee_what_was_compiled_for_the_target(path):
     "cut",
     [
         False,
-        # In BF16 XLA sends up to six times as much there: what, and why, is not known yet.
-        pytest.param(True, marks=pytest.mark.xfail(strict=True, reason="not foreseen")),
+        # XLA sends up to six times as much there: it gathers the scores of all tokens for top_k.
+        pytest.param(True, marks=pytest.mark.xfail(strict=True, reason="scores are gathered")),
     ],
     ids=["without-tensor-axis", "with-tensor-axis"],
 )
