@@ -16,8 +16,8 @@ from experiments.tables import plain, write_json
 FREE_ON_RESUME = ("steps", "checkpoint_every", "keep_checkpoints", "max_skipped")
 
 # What config.json must hold for a run to go on or to be used.
-RECORD = ("recipe", "command", "run", "run_hash", "corpus", "tokenizer", "shards")
-KINDS = {"recipe": str, "run_hash": str, "corpus": dict, "tokenizer": str, "shards": list}
+RECORD = {"recipe": str, "command": str, "run": dict, "run_hash": str, "corpus": dict,
+          "tokenizer": str, "shards": list}  # fmt: skip
 LOST = "copy it again, or start another --run"
 
 
@@ -133,14 +133,11 @@ class RunDirectory:
                 f"{self.path} is a checkpoint of released weights, not the directory of a run: "
                 "launch --from trains on from it, sample and convert read it"
             )
-        wrong = [
-            field for field, kind in KINDS.items()
-            if field in found and not isinstance(found[field], kind)
-        ]
-        if not missing and (wrong or "hash" not in found["corpus"]):
-            raise ValueError(f"{record} is damaged ({(wrong or ['corpus'])[0]}): {LOST}")
         if missing:
             raise ValueError(f"{record} is damaged ({missing[0]} is missing): {LOST}")
+        wrong = [field for field, kind in RECORD.items() if not isinstance(found[field], kind)]
+        if wrong or "hash" not in found["corpus"]:
+            raise ValueError(f"{record} is damaged ({(wrong or ['corpus'])[0]}): {LOST}")
         return found
 
     def read_run(self) -> Run:

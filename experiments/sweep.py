@@ -168,7 +168,7 @@ def swept(
             notes.add("measured", setup, {"failed" if failed else "seconds": seconds})
             took = seconds if failed else f"{statistics.median(seconds):.3f} s"
             say(f"  measured {index}/{len(todo)} {setup.name}: {took}")
-        reached = fitted(chosen, notes, say)
+        reached = fitted(chosen, reached, notes, say)
         found = candidates(run, where, reached)
     rows = table(found, notes)
     if out is not None:
@@ -214,12 +214,11 @@ def compile_all(chosen: Sequence[Candidate], notes: "Notes", say) -> None:
         list(pool.map(one, todo))
 
 
-def fitted(chosen: Sequence[Candidate], notes: "Notes", say) -> Reached:
+def fitted(chosen: Sequence[Candidate], reached: Reached, notes: "Notes", say) -> Reached:
     """Constants fitted on the measured meshes that are named for it; says how the others rank."""
     notes_of = {c.setup.name: notes.get("measured", c.setup) for c in chosen}
     times = {name: statistics.median(note["seconds"])
              for name, note in notes_of.items() if "seconds" in note}  # fmt: skip
-    reached = REACHED[chosen[0].setup.cluster.accelerator.platform]
     chosen = [c for c in chosen if c.setup.name in times]
     basis = [c for c in chosen if is_fitted(c.setup.mesh)]
     if len(basis) >= 5:

@@ -120,6 +120,10 @@ def test_fewer_than_none_are_not_compiled():
         sweep_module.sweep_command(args)
 
 
+def test_none_may_be_measured():
+    assert sweep("tiny", "cpux8", best=0, measured=True) == sweep("tiny", "cpux8")
+
+
 def test_precision_and_batch_of_a_sweep_replace_those_of_the_recipe(tmp_path):
     words = "--cluster h200x1 --precision fp8 --batch 8".split()
     path = tmp_path / "rows.json"
