@@ -140,9 +140,20 @@ def route(
 
 def best_of(biased_BTE, score_BTE, k: int) -> tuple[Int[Array, "B T K"], Float[Array, "B T K"]]:
     """The k experts whose biased scores are the largest, and their scores."""
-    _, expert_BTK = jax.lax.top_k(biased_BTE, k)
-    expert_BTK = checkpoint_name(expert_BTK, "route")
-    return expert_BTK, jnp.take_along_axis(score_BTE, expert_BTK, axis=-1)
+    expert_BTK = checkpoint_name(largest(biased_BTE, k), "route")
+    of_chosen = local(
+        functools.partial(jnp.take_along_axis, axis=-1), "BTE,BTK->BTK", whole="E"
+    )
+    return expert_BTK, of_chosen(score_BTE, expert_BTK)
+
+
+def largest(score_BTE: Float[Array, "B T E"], k: int) -> Int[Array, "B T K"]:
+    """The k experts of the largest scores of each token, by its own device.
+
+    Left to itself, XLA gathers the scores of all tokens before it sorts them.
+    """
+    ids = local(lambda score_BTE: jax.lax.top_k(score_BTE, k)[1], "BTE->BTK", whole="E")
+    return ids(jax.lax.stop_gradient(score_BTE))
 
 
 def limit_groups(biased_BTE: Float[Array, "B T E"], config: ModelConfig) -> jax.Array:
@@ -191,7 +202,7 @@ def sequence_loss(score_BTE, config: ModelConfig, valid_BT) -> Float[Array, ""]:
     P_i = mean over tokens of the share of expert i in the token's scores.
     """
     E, K = config.num_experts, config.experts_per_token
-    _, best_BTK = jax.lax.top_k(jax.lax.stop_gradient(score_BTE), K)
+    best_BTK = largest(score_BTE, K)
     valid = jnp.ones(score_BTE.shape[:2]) if valid_BT is None else valid_BT.astype(jnp.float32)
     length_B = jnp.maximum(jnp.sum(valid, axis=1), 1.0)[:, None]
     counts_BE = jnp.sum(jnp.where(chosen(best_BTK, E), valid[..., None], 0.0), axis=1)
