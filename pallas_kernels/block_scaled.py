@@ -143,27 +143,29 @@ def _body(*refs, tiles, grouped, products):
             return product, step - product * each
 
         def multiply(slot):
-            def several(first, slot, total, count):
-                """Adds so many products, all of them issued before the first is added."""
+            def several(first, slot, total, count, issued=()):
+                """Adds so many products, all of them issued before the first is added.
 
-                def chunks(*accs):
-                    at, factors = slot, []
-                    for i, acc in enumerate(accs):
-                        plgpu.barrier_wait(full.at[at])
-                        by_row = plgpu.Layout.WGMMA.reduce(1)
-                        a_scale = mosaic.load(a_scale_smem.at[at, own], by_row)
-                        factor = a_scale * b_scale_smem[(scale, *weight_of(first + i))]
-                        factors.append((at, lax.broadcast_in_dim(factor, shape, (0,))))
-                        plgpu.wgmma(acc, a_smem.at[at, own], mosaic.transpose(b_smem.at[at]))
-                        at = next_slot(at)
-                    sums = total
-                    for i, (acc, (used, factor)) in enumerate(zip(accs, factors, strict=True)):
+                An accumulator begins right before its product: with a barrier between them, ptxas
+                clears 64 registers in every step (0.85 to 0.95 of the speed).
+                """
+                if len(issued) == count:
+                    for i, (acc, used, factor) in enumerate(issued):
                         part = plgpu.wgmma_accumulator_load(acc, wait_n=count - 1 - i)
                         plgpu.barrier_arrive(free.at[used])
-                        sums = sums + part * factor
-                    return at, sums
+                        total = total + part * factor
+                    return slot, total
+                plgpu.barrier_wait(full.at[slot])
+                a_scale = mosaic.load(a_scale_smem.at[slot, own], plgpu.Layout.WGMMA.reduce(1))
+                factor = a_scale * b_scale_smem[(scale, *weight_of(first + len(issued)))]
+                factor = lax.broadcast_in_dim(factor, shape, (0,))
 
-                return pl.run_scoped(chunks, *[plgpu.ACC(shape, jnp.float32)] * count)
+                def chunk(acc):
+                    plgpu.wgmma(acc, a_smem.at[slot, own], mosaic.transpose(b_smem.at[slot]))
+                    more = (*issued, (acc, slot, factor))
+                    return several(first, next_slot(slot), total, count, more)
+
+                return pl.run_scoped(chunk, plgpu.ACC(shape, jnp.float32))
 
             zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
             together = tiles.in_flight
