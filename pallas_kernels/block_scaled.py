@@ -41,14 +41,15 @@ class Tiles:
     # Products of a warpgroup in flight before the first is added: where few warpgroups take turns
     # it is the way from a barrier through a product to its sum that takes the time.
     in_flight: int = 1
+    # Steps of a round of the main loop, between which nothing is in flight; 0: `in_flight`.
+    round: int = 0
 
     def __post_init__(self):
         if self.warpgroups not in (1, 2, 3):
             raise ValueError(f"{self.warpgroups=} must be 1, 2 or 3")
         if self.columns not in (16, 32, 64, 128):
             raise ValueError(f"{self.columns=} must divide a block of 128: 16, 32, 64 or 128")
-        if not 1 <= self.in_flight <= self.stages:
-            raise ValueError(f"{self.in_flight=} must be from 1 to {self.stages=}")
+        pipeline.check_in_flight(self)
         pipeline.check_store(self)
 
     @property
@@ -143,37 +144,35 @@ def _body(*refs, tiles, grouped, products):
             return product, step - product * each
 
         def multiply(slot):
-            def several(first, slot, total, count, issued=()):
-                """Adds so many products, all of them issued before the first is added.
-
-                An accumulator begins right before its product: with a barrier between them, ptxas
-                clears 64 registers in every step (0.85 to 0.95 of the speed).
-                """
-                if len(issued) == count:
-                    for i, (acc, used, factor) in enumerate(issued):
-                        part = plgpu.wgmma_accumulator_load(acc, wait_n=count - 1 - i)
-                        plgpu.barrier_arrive(free.at[used])
-                        total = total + part * factor
-                    return slot, total
+            def several(step, slot, total, left, issued=()):
+                """Adds the products in flight, the oldest first, and `left` more."""
+                if len(issued) == min(tiles.in_flight, len(issued) + left):
+                    if not issued:
+                        return slot, total
+                    (acc, used, factor), *issued = issued
+                    part = plgpu.wgmma_accumulator_load(acc, wait_n=len(issued))
+                    plgpu.barrier_arrive(free.at[used])
+                    return several(step, slot, total + part * factor, left, issued)
                 plgpu.barrier_wait(full.at[slot])
                 a_scale = mosaic.load(a_scale_smem.at[slot, own], plgpu.Layout.WGMMA.reduce(1))
-                factor = a_scale * b_scale_smem[(scale, *weight_of(first + len(issued)))]
+                factor = a_scale * b_scale_smem[(scale, *weight_of(step))]
                 factor = lax.broadcast_in_dim(factor, shape, (0,))
 
-                def chunk(acc):
+                def issue(acc):
                     plgpu.wgmma(acc, a_smem.at[slot, own], mosaic.transpose(b_smem.at[slot]))
                     more = (*issued, (acc, slot, factor))
-                    return several(first, next_slot(slot), total, count, more)
+                    return several(step + 1, next_slot(slot), total, left - 1, more)
 
-                return pl.run_scoped(chunk, plgpu.ACC(shape, jnp.float32))
+                # Right before its product: with a barrier between them, ptxas clears the
+                # accumulator in every step (0.85 to 0.95 of the speed).
+                return pl.run_scoped(issue, plgpu.ACC(shape, jnp.float32))
 
             zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
-            together = tiles.in_flight
+            together = tiles.round or tiles.in_flight
             rounds, rest = divmod(steps, together)
-            step = lambda i, carry: several(i * together, *carry, together)
-            slot, total = lax.fori_loop(0, rounds, step, (slot, zeros))
-            if rest:
-                slot, total = several(rounds * together, slot, total, rest)
+            several_of = lambda i, carry: several(i * together, *carry, together)
+            slot, total = lax.fori_loop(0, rounds, several_of, (slot, zeros))
+            slot, total = several(rounds * together, slot, total, rest)
             out = lambda start, width: out_gmem.at[pl.ds(row, 64), pl.ds(column + start, width)]
             pipeline.store(pipeline.pieces_of(total, tiles), out, out_smem, tiles)
             return slot

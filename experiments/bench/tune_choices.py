@@ -55,10 +55,16 @@ def dense() -> Iterator[Choice]:
         make = block_scaled.Tiles
         plain = {f"band{b}": make(band=b) for b in (4, 8, 16)}
         plain["wide"] = make(store_columns=64, store_buffers=2)
-        plain["two"] = make(2, 128, 6, memory_registers=40, in_flight=2)
+        plain |= two_in_flight()
         # Row tiles are for a rule to choose, not for the table.
         present = dataclasses.replace(dense_fp8.tiles_of(m, n, up(k, 128), cores()), row_tiles=0)
         yield dense_choice("TILES", (n, up(k, 128)), m, n, k, variants(present, **plain))
+
+
+def two_in_flight() -> dict[str, Tiles]:
+    """Two warpgroups have the registers for a second product each."""
+    two = functools.partial(block_scaled.Tiles, 2, 128, 6, memory_registers=40, in_flight=2)
+    return {f"two.r{steps}": two(round=steps, band=16) for steps in (2, 4, 8)}
 
 
 def few_rows() -> Iterator[Choice]:
@@ -108,7 +114,11 @@ def dense_choice(table, key, m, n, k, found) -> Choice:
 
 def gradients() -> dict[str, Tiles]:
     three = functools.partial(tile_scaled.Tiles, 3, memory_registers=24, band=16)
+    two = functools.partial(tile_scaled.Tiles, 2, 96, 6, 96, 1, band=16, in_flight=2)
     return {
+        **{f"2x96.r{steps}": two(round=steps) for steps in (2, 4, 8)},
+        "2x96.fetch": two(round=4, fetch_sums=True),
+        "3x64.r4": three(64, 5, 64, 1, in_flight=2, round=4),
         "3x96": three(96, 4, 96, 1),
         "3x96.fetch": three(96, 4, 96, 1, fetch_sums=True),
         "3x128": three(128, 4, 32, 2),
@@ -164,6 +174,7 @@ def experts() -> Iterator[Choice]:
         make, present = block_scaled.Tiles, grouped_fp8.tiles_of(buffer, groups, n, k)
         found = {f"band{band}": make(band=band) for band in (8, 16, 32)}
         found["wide"] = make(band=16, store_columns=64, store_buffers=2)
+        found |= two_in_flight()
         if -(-n // 128) % 2:
             # In pairs the last column tile has an empty one beside it.
             found["single"] = make(band=16, pair=False)
