@@ -49,7 +49,10 @@ class Tiles:
             raise ValueError(f"{self.warpgroups=} must be 1, 2 or 3")
         if self.columns not in (16, 32, 64, 128):
             raise ValueError(f"{self.columns=} must divide a block of 128: 16, 32, 64 or 128")
-        pipeline.check_in_flight(self)
+        if not 1 <= self.in_flight <= self.stages:
+            raise ValueError(f"{self.in_flight=} must be from 1 to {self.stages=}")
+        if self.round and self.round < self.in_flight:
+            raise ValueError(f"{self.round=} must be 0 or at least {self.in_flight=}")
         pipeline.check_store(self)
 
     @property

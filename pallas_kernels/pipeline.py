@@ -33,14 +33,6 @@ def check_store(tiles):
         raise ValueError(f"{tiles.store_buffers=} must divide the {pieces} pieces of a tile")
 
 
-def check_in_flight(tiles):
-    """One ValueError if products in flight do not fit the ring, or a round."""
-    if not 1 <= tiles.in_flight <= tiles.stages:
-        raise ValueError(f"{tiles.in_flight=} must be from 1 to {tiles.stages=}")
-    if tiles.round and tiles.round < tiles.in_flight:
-        raise ValueError(f"{tiles.round=} must be 0 or at least {tiles.in_flight=}")
-
-
 def narrow(tiles, columns: int):
     """The tiles, with pieces of half the width where one is as wide as the whole result.
 

@@ -9,7 +9,9 @@ stage of codes is free as soon as the product is made.
 
 Shared memory is what limits it, 128 bytes a cycle: a step of 128 tokens of 192 x 96 columns reads
 60 KiB for the products and 21 KiB of column scales and is written 36 KiB, which takes 936 cycles
-where the tensor cores need 576; 192 x 128 takes 1112 for a third more work.
+where the tensor cores need 576; 192 x 128 takes 1112 for a third more work. Hiding the way from a
+product to its sum does not help: two warpgroups of 96 columns with two products in flight each are
+0.83 to 0.94 of three warpgroups with one, and 0.94 to 1.02 where only every fourth step waits.
 """
 
 import dataclasses
@@ -45,12 +47,8 @@ class Tiles:
     # Accumulating: what is there is fetched behind the products, added in registers and written
     # back; otherwise the L2 cache adds what is stored.
     fetch_sums: bool = False
-    # As in block_scaled.py.
-    in_flight: int = 1
-    round: int = 0
 
     def __post_init__(self):
-        pipeline.check_in_flight(self)
         if self.columns % 8 or self.columns > 256:
             raise ValueError(f"{self.columns=} must be a multiple of 8 up to 256")
         pipeline.check_store(self)
@@ -120,75 +118,50 @@ def _body(y_gmem, x_gmem, y_scale_gmem, x_scale_gmem, starts_gmem, sizes_gmem, *
         rows = pl.ds(row + warpgroup * 64, 64)
         out = lambda start, width: w_gmem.at[group, rows, pl.ds(column + start, width)]
 
-        # Column scales are loaded before a product is issued as far as registers are left by those
-        # in flight and the sum, which take half a one a column each, and by 12 others in the loop;
-        # the rest when needed. A load issued after the products waits until the last of them is
-        # accepted, and then for the shared memory that they saturate: 3 x 96 was 7 to 26 % faster
-        # with all before (H200).
+        # Column scales are loaded before the products as far as registers are left by a product and
+        # its sum, which take one a column, and by 12 others in the loop; the rest when needed. A
+        # load issued after the products waits until the last of them is accepted, and then for the
+        # shared memory that they saturate: 3 x 96 was 7 to 26 % faster with all before (H200).
         spare = mosaic.compute_registers(tiles.warpgroups, tiles.memory_registers)
-        spare -= (1 + tiles.in_flight) * tiles.columns // 2 + 12
+        spare -= tiles.columns + 12
         pieces = range(0, tiles.columns, width)
         early = pieces[: max(0, min(len(pieces), 4 * spare // width))]
 
-        def row_scale(scale_slot):
-            scale = mosaic.load(y_scale_smem.at[scale_slot, own], layout.reduce(1))
-            return lax.broadcast_in_dim(scale, piece_shape, (0,))
-
-        def column_scale(scale_slot, start):
-            columns = pl.ds(start, width)
-            scale = mosaic.load(x_scale_smem.at[scale_slot, columns], layout.reduce(0))
-            return lax.broadcast_in_dim(scale, piece_shape, (1,))
-
-        def scales_of(scale_slot):
-            return row_scale(scale_slot), [column_scale(scale_slot, start) for start in early]
-
-        def several(step, slots, totals, left, issued=(), scales=None):
-            """Adds the products in flight, the oldest first, and `left` more.
-
-            `scales` are those of the oldest, if they are loaded.
-            """
-            if len(issued) == min(tiles.in_flight, len(issued) + left):
-                if not issued:
-                    return slots, totals
-                (acc, (used, scale_slot)), *issued = issued
-                part = plgpu.wgmma_accumulator_load(acc, wait_n=len(issued))
-                plgpu.barrier_arrive(free.at[used])
-                by_row, by_columns = scales or scales_of(scale_slot)
-                found = []
-                for j, (start, total) in enumerate(zip(pieces, totals, strict=True)):
-                    late = j >= len(by_columns)
-                    by_column = column_scale(scale_slot, start) if late else by_columns[j]
-                    piece = part[:, start : start + width]
-                    found.append(total + piece * by_column * by_row)
-                return several(step, slots, tuple(found), left, issued)
+        def step(i, carry):
+            slot, scale_slot, totals = carry
             if sums:
                 # The last tile was read from the store buffers long ago.
-                pl.when(step == jnp.minimum(1, steps - 1))(
+                pl.when(i == jnp.minimum(1, steps - 1))(
                     lambda: pipeline.fetch_sums(out, w_smem, sums[0], tiles)
                 )
-            slot, scale_slot = slots
             plgpu.barrier_wait(full.at[slot])
-            if len(issued) + 1 == min(tiles.in_flight, len(issued) + left):
-                scales = scales_of(issued[0][1][1] if issued else scale_slot)
+            y_scale = mosaic.load(y_scale_smem.at[scale_slot, own], layout.reduce(1))
+            by_row = lax.broadcast_in_dim(y_scale, piece_shape, (0,))
 
-            def issue(acc):
+            def column_scale(start):
+                columns = pl.ds(start, width)
+                scale = mosaic.load(x_scale_smem.at[scale_slot, columns], layout.reduce(0))
+                return lax.broadcast_in_dim(scale, piece_shape, (1,))
+
+            scales = [column_scale(start) for start in early]
+
+            def product(acc):
                 plgpu.wgmma(acc, y_smem.at[slot, own], mosaic.transpose(x_smem.at[slot]))
-                more = (*issued, (acc, slots))
-                return several(step + 1, next_slots(*slots), totals, left - 1, more, scales)
+                part = plgpu.wgmma_accumulator_load(acc, wait_n=0)
+                plgpu.barrier_arrive(free.at[slot])
+                found = []
+                for j, (start, total) in enumerate(zip(pieces, totals, strict=True)):
+                    by_column = scales[j] if j < len(scales) else column_scale(start)
+                    piece = part[:, start : start + width]
+                    found.append(total + piece * by_column * by_row)
+                return tuple(found)
 
-            return pl.run_scoped(issue, plgpu.ACC(shape, jnp.float32))
+            totals = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
+            return *next_slots(slot, scale_slot), totals
 
         def multiply(slots):
             zeros = plgpu.layout_cast(jnp.zeros(piece_shape, jnp.float32), layout)
-            carry = tuple(slots), (zeros,) * len(pieces)
-            together = tiles.round or tiles.in_flight
-            rounds = lax.div(steps, jnp.int32(together))
-            several_of = lambda i, carry: several(i * together, *carry, together)
-            carry = lax.fori_loop(0, rounds, several_of, carry)
-            if together > 1:
-                one_of = lambda i, carry: several(i, *carry, 1)
-                carry = lax.fori_loop(rounds * together, steps, one_of, carry)
-            slots, totals = carry
+            *slots, totals = lax.fori_loop(0, steps, step, (*slots, (zeros,) * len(pieces)))
             each = tiles.store_columns // width
             totals = [
                 mosaic.concatenate_columns(totals[i : i + each])

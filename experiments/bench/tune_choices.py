@@ -64,7 +64,7 @@ def dense() -> Iterator[Choice]:
 def two_in_flight() -> dict[str, Tiles]:
     """Two warpgroups have the registers for a second product each."""
     two = functools.partial(block_scaled.Tiles, 2, 128, 6, memory_registers=40, in_flight=2)
-    return {f"two.r{steps}": two(round=steps, band=16) for steps in (2, 4, 8)}
+    return {f"two.r{steps}": two(round=steps, band=16) for steps in (2, 8)}
 
 
 def few_rows() -> Iterator[Choice]:
@@ -114,11 +114,7 @@ def dense_choice(table, key, m, n, k, found) -> Choice:
 
 def gradients() -> dict[str, Tiles]:
     three = functools.partial(tile_scaled.Tiles, 3, memory_registers=24, band=16)
-    two = functools.partial(tile_scaled.Tiles, 2, 96, 6, 96, 1, band=16, in_flight=2)
     return {
-        **{f"2x96.r{steps}": two(round=steps) for steps in (2, 4, 8)},
-        "2x96.fetch": two(round=4, fetch_sums=True),
-        "3x64.r4": three(64, 5, 64, 1, in_flight=2, round=4),
         "3x96": three(96, 4, 96, 1),
         "3x96.fetch": three(96, 4, 96, 1, fetch_sums=True),
         "3x128": three(128, 4, 32, 2),

@@ -10,22 +10,23 @@ TILES: dict[tuple[int, ...], block_scaled.Tiles] = {}
 
 # (rows a group, N, K) of weight gradients.
 GRADIENT_TILES: dict[tuple[int, ...], tile_scaled.Tiles] = {
-    # 632 TFLOP/s, before 609 TFLOP/s; NVIDIA H200, 2026-11-30, commit 5ea3c52.
+    # 630 TFLOP/s, before 602 TFLOP/s; NVIDIA H200, 2026-11-30, commit 168fab0.
     (1024, 4096, 7168): tile_scaled.Tiles(
         warpgroups=3, columns=96, stages=4, store_columns=96, store_buffers=1, band=16,
-        memory_registers=24, fetch_sums=True
+        memory_registers=24
     ),
     # 654 TFLOP/s, before 621 TFLOP/s; NVIDIA H200, 2026-11-30, commit 5ea3c52.
     (1024, 7168, 2048): tile_scaled.Tiles(
         warpgroups=3, stages=4, store_columns=64, store_buffers=1, memory_registers=24
     ),
-    # 779 TFLOP/s, before 754 TFLOP/s; NVIDIA H200, 2026-11-30, commit 5ea3c52.
+    # 774 TFLOP/s, before 749 TFLOP/s; NVIDIA H200, 2026-11-30, commit 168fab0.
     (1664, 1408, 2048): tile_scaled.Tiles(
-        warpgroups=3, stages=4, store_columns=64, store_buffers=1, memory_registers=24
+        warpgroups=3, stages=3, store_columns=128, store_buffers=1, band=16, memory_registers=24
     ),
-    # 790 TFLOP/s, before 731 TFLOP/s; NVIDIA H200, 2026-11-30, commit 5ea3c52.
+    # 759 TFLOP/s, before 713 TFLOP/s; NVIDIA H200, 2026-11-30, commit 168fab0.
     (1664, 2048, 1408): tile_scaled.Tiles(
-        warpgroups=3, stages=4, store_columns=64, store_buffers=1, memory_registers=24
+        warpgroups=3, columns=96, stages=4, store_columns=96, store_buffers=1, band=16,
+        memory_registers=24, fetch_sums=True
     ),
     # 859 TFLOP/s, before 797 TFLOP/s; NVIDIA H200, 2026-11-30, commit 5ea3c52.
     (4096, 4096, 7168): tile_scaled.Tiles(
