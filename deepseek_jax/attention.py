@@ -16,7 +16,7 @@ from deepseek_jax import few_rows, fp8
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.e5m6 import E5M6, decode_e5m6, e5m6_letters, encode_e5m6, to_e5m6
 from deepseek_jax.latent_cache import LatentCache
-from deepseek_jax.layers import norm_for, normal, ones
+from deepseek_jax.layers import normal, norms_for, ones
 from deepseek_jax.linear import Activation, linear
 from deepseek_jax.rope import rotate, softmax_scale
 from pallas_kernels.mla_attention import (
@@ -60,53 +60,54 @@ class Attention(nnx.Module):
 
         With a cache the T tokens stand at positions start_B + t of it and see what lies before.
         """
-        q_BTNA = queries(self, x_BTD, rotations_BTr)
-        content_BTC, rotary_BTR = latents(self, x_BTD, rotations_BTr)
+        latent_BTQ, content_BTC, rotary_BTR = latents(self, x_BTD, rotations_BTr)
+        q_BTNH, q_BTNR = queries(self, latent_BTQ, rotations_BTr)
         latent_BTY = jnp.concatenate((fp8.values(content_BTC), rotary_BTR), axis=-1)
         if cache is None:
+            q_BTNA = jnp.concatenate((q_BTNH, q_BTNR), axis=-1)
             o_BTNU = expanded(self, q_BTNA, content_BTC, rotary_BTR, segments_BT)
             kept = latent_BTY
         else:
             kept = cache.append(few_rows.in_order(latent_BTY), start_B)
-            o_BTNU = absorbed(self, q_BTNA, kept.read(q_BTNA.dtype), start_B)
+            o_BTNU = absorbed(self, q_BTNH, q_BTNR, kept.read(q_BTNH.dtype), start_B)
         return shard(linear("BTNU,DNU->BTD", o_BTNU, self.wo_DNU[...]), "BTD"), kept
-
-
-def queries(attention: Attention, x_BTD: Activation, rotations_BTr) -> Float[Array, "B T N A"]:
-    """Content and rotated part of each head's query (V3 eqs. 6-9)."""
-    config = attention.config
-    if config.query_latent_dim is None:
-        q_BTNA = linear("BTD,NAD->BTNA", x_BTD, attention.wq_NAD[...])
-    else:
-        latent_BTQ = checkpoint_name(
-            linear("BTD,QD->BTQ", x_BTD, attention.wq_a_QD[...]), "latent"
-        )
-        wq_b_NAQ = attention.wq_b_NAQ[...]
-        latent_BTQ = norm_for(
-            wq_b_NAQ, latent_BTQ, attention.q_norm_Q[...], config.latent_norm_eps, "BTQ"
-        )
-        q_BTNA = linear("BTQ,NAQ->BTNA", latent_BTQ, wq_b_NAQ)
-    content, rotary = jnp.split(q_BTNA, [config.content_head_dim], axis=-1)
-    return jnp.concatenate((content, rotate(rotary, rotations_BTr)), axis=-1)
 
 
 def latents(
     attention: Attention, x_BTD: Activation, rotations_BTr
-) -> tuple[Activation, Float[Array, "B T R"]]:
-    """What MLA caches: RMSNorm(W_DKV h) and RoPE(W_KR h) (V3 eqs. 1 and 3)."""
+) -> tuple[Activation, Activation, Float[Array, "B T R"]]:
+    """What queries are made of, RMSNorm(W_DQ h) or h itself, and what MLA caches.
+
+    That is RMSNorm(W_DKV h) and RoPE(W_KR h) (V3 eqs. 1, 3 and 6).
+    """
     config = attention.config
     down_BTY = checkpoint_name(
         linear("BTD,YD->BTY", x_BTD, attention.wkv_a_YD[...]), "latent"
     )
     content, rotary = jnp.split(down_BTY, [config.kv_latent_dim], axis=-1)
-    content = norm_for(
-        attention.wkv_b_NXC[...],
-        content,
-        attention.kv_norm_C[...],
-        config.latent_norm_eps,
-        "BTC",
+    rotary_BTR = rotate(rotary[:, :, None, :], rotations_BTr)[:, :, 0, :]
+    content_norm = attention.wkv_b_NXC[...], content, attention.kv_norm_C[...], "BTC"
+    if config.query_latent_dim is None:
+        (content,) = norms_for(content_norm, eps=config.latent_norm_eps)
+        return x_BTD, content, rotary_BTR
+    latent_BTQ = checkpoint_name(
+        linear("BTD,QD->BTQ", x_BTD, attention.wq_a_QD[...]), "latent"
     )
-    return content, rotate(rotary[:, :, None, :], rotations_BTr)[:, :, 0, :]
+    query_norm = attention.wq_b_NAQ[...], latent_BTQ, attention.q_norm_Q[...], "BTQ"
+    return *norms_for(query_norm, content_norm, eps=config.latent_norm_eps), rotary_BTR
+
+
+def queries(
+    attention: Attention, latent_BTQ: Activation, rotations_BTr
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N R"]]:
+    """Content and rotated part of each head's query (V3 eqs. 7-9)."""
+    config = attention.config
+    if config.query_latent_dim is None:
+        q_BTNA = linear("BTD,NAD->BTNA", latent_BTQ, attention.wq_NAD[...])
+    else:
+        q_BTNA = linear("BTQ,NAQ->BTNA", latent_BTQ, attention.wq_b_NAQ[...])
+    q_BTNH, q_BTNR = jnp.split(q_BTNA, [config.content_head_dim], axis=-1)
+    return q_BTNH, rotate(q_BTNR, rotations_BTr)
 
 
 def expanded(
@@ -171,17 +172,16 @@ def _attend_e5m6_bwd(scale, saved, gradients):
 attend_e5m6.defvjp(_attend_e5m6_fwd, _attend_e5m6_bwd)
 
 
-def absorbed(attention: Attention, q_BTNA, cache_BSY, start_B) -> Activation:
+def absorbed(attention: Attention, q_BTNH, q_BTNR, cache_BSY, start_B) -> Activation:
     """The same attention with W_UK moved to the query and W_UV to the output.
 
     Every head reads the cached latents as they are: keys of C + R, values of C elements.
     """
     config = attention.config
-    wkv_b_NXC = fp8.plain(attention.wkv_b_NXC[...], q_BTNA.dtype)
+    wkv_b_NXC = fp8.plain(attention.wkv_b_NXC[...], q_BTNH.dtype)
     w_k_NHC, w_v_NUC = jnp.split(wkv_b_NXC, [config.content_head_dim], axis=1)
-    q_BTNH, q_BTNR = jnp.split(q_BTNA, [config.content_head_dim], axis=-1)
-    T, S = q_BTNA.shape[1], cache_BSY.shape[1]
-    few = few_rows.is_little_attention(q_BTNA, cache_BSY)
+    T, S = q_BTNH.shape[1], cache_BSY.shape[1]
+    few = few_rows.is_little_attention(q_BTNH, cache_BSY)
     einsum = few_rows.einsum_in_sums if few else jnp.einsum
     look = look_in_sums if few else look_in_products
     q_BTNC = einsum("BTNH,NHC->BTNC", q_BTNH, w_k_NHC)

@@ -2,19 +2,23 @@
 
 Laying few tokens out by expert costs more than their products. Either each choice reads the
 weights of its expert, and no others are read; or, where the choices are as many as the experts,
-every expert reads every token and what nobody chose is weighted with 0.
+every expert reads every token and what nobody chose is weighted with 0. Shared experts of a single
+token are read along with the chosen ones.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from deepseek_jax.few_rows import Scaled, row_by_row, weight_first
+from deepseek_jax.few_rows import Scaled, row_by_row, sums, weight_first
 from deepseek_jax.swiglu import swiglu
 from pallas_kernels.mosaic import target
 
 # Above, an expert's weights are read once for many rows, which is what dispatch is for.
 MOST_TOKENS = 64
+MOST_SUMS = 8  # of equal shapes that a GPU's compiler makes in one kernel
+
+Weights = tuple[jax.Array, jax.Array, jax.Array]  # W_gate, W_up and W_down
 
 
 def suits(num_tokens: int, choices: int, num_experts: int) -> bool:
@@ -29,7 +33,7 @@ def ffn_in_place(
     x_TD: Float[Array, "T D"] | Scaled,
     expert_TK: Int[Array, "T K"],
     weight_TK: Float[Array, "T K"],
-    weights: tuple[jax.Array, jax.Array, jax.Array],
+    weights: Weights,
 ) -> Float[Array, "T D"]:
     """sum_k weight_k FFN_k(x) of each token; weights are w_gate_EFD, w_up_EFD, w_down_EDF."""
     choose = _chosen_experts
@@ -40,10 +44,8 @@ def ffn_in_place(
 
 def _chosen_experts(x_TD, expert_TK, weight_TK, weights):
     T, K = expert_TK.shape
-    w_gate, w_up, w_down = (
-        w.at[expert_TK.reshape(-1)].get(mode="promise_in_bounds").astype(x_TD.dtype)
-        for w in weights
-    )
+    expert_J = expert_TK.reshape(-1)
+    w_gate, w_up, w_down = (_read(w, expert_J).astype(x_TD.dtype) for w in weights)
     x_JD = jnp.repeat(x_TD.rows if isinstance(x_TD, Scaled) else x_TD, K, axis=0)
     gate_JF, up_JF = row_by_row(x_JD, w_gate), row_by_row(x_JD, w_up)
     if isinstance(x_TD, Scaled):
@@ -52,6 +54,57 @@ def _chosen_experts(x_TD, expert_TK, weight_TK, weights):
     hidden_JF = swiglu(gate_JF, up_JF, weight_TK.reshape(-1, 1)).astype(x_TD.dtype)
     y_JD = row_by_row(hidden_JF, w_down)
     return jnp.sum(y_JD.reshape(T, K, -1).astype(jnp.float32), axis=1)
+
+
+def _read(w_ENK: jax.Array, expert_J: Int[Array, " J"]) -> jax.Array:
+    """The matrices of these experts, which a sum over them reads where they lie."""
+    if target().platform != "gpu":
+        return w_ENK.at[expert_J].get(mode="promise_in_bounds")
+    # Row by row: of whole matrices a GPU's compiler does not see that elements are neighbours, and
+    # reads them one at a time.
+    E, N, K = w_ENK.shape
+    row_JN = expert_J[:, None] * N + jnp.arange(N, dtype=expert_J.dtype)[None, :]
+    return w_ENK.reshape(E * N, K).at[row_JN].get(mode="promise_in_bounds")
+
+
+def reads_shared(x: jax.Array | Scaled, choices: int, weights: Weights, shared: Weights) -> bool:
+    """Whether the shared experts of one token are best read along with the chosen ones."""
+    if not isinstance(x, Scaled) or x.rows.size > x.shape[-1]:
+        return False
+    width, rest = divmod(shared[0].shape[0], weights[0].shape[1])
+    if rest or choices % width or not suits(1, choices, weights[0].shape[0]):
+        return False
+    return 2 * (1 + choices // width) <= MOST_SUMS
+
+
+def ffn_with_shared(
+    x_1D: Scaled,
+    expert_K: Int[Array, " K"],
+    weight_K: Float[Array, " K"],
+    weights: Weights,
+    shared: Weights,
+) -> Float[Array, "1 D"]:
+    """FFN_shared(x) + sum_k weight_k FFN_k(x) of one token.
+
+    The shared FFN is as wide as some experts. So many chosen ones are read by one sum, and then the
+    sums over gates and ups are all of one shape, which makes them one kernel.
+    """
+    F, dtype = weights[0].shape[1], x_1D.dtype
+    width = shared[0].shape[0] // F
+
+    def products(w_EFD, shared_XD):
+        groups = [_read(w_EFD, expert_K[k : k + width]) for k in range(0, expert_K.size, width)]
+        each_XD = [shared_XD, *(w.reshape(shared_XD.shape) for w in groups)]
+        made = [sums("TD,XD->TX", x_1D, w_XD.astype(dtype)) for w_XD in each_XD]
+        return jnp.concatenate(made).reshape(-1, F)
+
+    weight_J = jnp.concatenate((jnp.ones((width,)), weight_K))
+    gate_JF, up_JF = (products(*pair) for pair in zip(weights[:2], shared[:2], strict=True))
+    hidden_JF = swiglu(gate_JF, up_JF, weight_J[:, None]).astype(dtype)
+    y_KD = row_by_row(hidden_JF[width:], _read(weights[2], expert_K).astype(dtype))
+    y_1D = sums("TX,DX->TD", hidden_JF[:width].reshape(1, -1), shared[2].astype(dtype))
+    y_1D = y_1D + jnp.sum(y_KD.astype(jnp.float32), axis=0, keepdims=True)
+    return y_1D.astype(dtype)
 
 
 def _every_expert(x_TD, expert_TK, weight_TK, weights):

@@ -52,12 +52,23 @@ def in_order(x: jax.Array) -> jax.Array:
     return with_layout_constraint(x, Layout(range(x.ndim))) if are_few(x) else x
 
 
-def normed(x: Float[Array, "... D"], gain: Float[Array, " D"], eps: float) -> Scaled:
-    """RMSNorm of few rows."""
-    x32 = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    gain = gain.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + gain.shape)
-    return Scaled(x32 * gain, scale, x.dtype)
+def normed(
+    *rows_and_gains: tuple[Float[Array, "... D"], Float[Array, " D"]], eps: float
+) -> list[Scaled]:
+    """RMSNorm of few rows, several of any length at once: all sums are made by one kernel."""
+    longest = max(x.shape[-1] for x, _ in rows_and_gains)
+    squares, made = [], []
+    for x, gain in rows_and_gains:
+        x32, size = x.astype(jnp.float32), x.shape[-1]
+        # Epsilon is part of the sum, so that the root of the sum is all that is left to do.
+        square = (x32 * x32 + eps) * (1 / size)
+        squares.append(jnp.pad(square, ((0, 0),) * (x.ndim - 1) + ((0, longest - size),)))
+        made.append(x32 * gain.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + gain.shape))
+    scales = jax.lax.rsqrt(jnp.sum(jnp.stack(squares), axis=-1, keepdims=True))
+    return [
+        Scaled(rows, scale, x.dtype)
+        for rows, scale, (x, _) in zip(made, scales, rows_and_gains, strict=True)
+    ]
 
 
 def letters(signature: str) -> tuple[str, str, str]:
@@ -159,7 +170,8 @@ def einsum_in_sums(signature: str, x: jax.Array, weight: jax.Array) -> jax.Array
         [at for at, i in enumerate(order) if i not in side],
     )
     y = jnp.sum(wide(left, x) * wide(right, weight), axis=order.index(summed))
-    return y.astype(x.dtype)
+    # Or what reads it would have each of its threads make a whole sum.
+    return jax.lax.optimization_barrier(y.astype(x.dtype))
 
 
 def row_by_row(x_JK: Float[Array, "J K"], w_JNK: Float[Array, "J N K"]) -> Float[Array, "J N"]:

@@ -65,7 +65,7 @@ def norm_for(
     """RMSNorm as the product with `reader` takes it: in tiles where that weight is quantised."""
     if not fp8.is_quantized(reader):
         few = few_rows.are_few(x)
-        return few_rows.normed(x, gain, eps) if few else rms_norm(x, gain, eps)
+        return few_rows.normed((x, gain), eps=eps)[0] if few else rms_norm(x, gain, eps)
     normed = rms_norm(x, gain, eps)
     return fp8.quantize_norm(
         x,
@@ -76,6 +76,17 @@ def norm_for(
         power_of_two=power_of_two,
         implementation=reader.implementation,
     )
+
+
+def norms_for(
+    *norms: tuple[jax.Array | QuantizedWeight, jax.Array, Float[Array, " D"], str], eps: float
+) -> list[jax.Array | Quantized]:
+    """`norm_for` of each reader, x, gain and letters; few rows have their sums made together."""
+    rows_and_gains = [(x, gain) for _, x, gain, _ in norms]
+    plain = not any(fp8.is_quantized(reader) for reader, *_ in norms)
+    if plain and all(few_rows.are_few(x) for x, _ in rows_and_gains):
+        return few_rows.normed(*rows_and_gains, eps=eps)
+    return [norm_for(reader, x, gain, eps, letters) for reader, x, gain, letters in norms]
 
 
 @jax.named_scope("embed")
@@ -104,6 +115,10 @@ class FeedForward(nnx.Module):
         self.w_up_FD = normal(rngs, (F, D), config)
         self.w_down_DF = normal(rngs, (D, F), config)
 
+    @property
+    def weights(self) -> tuple[jax.Array | QuantizedWeight, ...]:
+        return self.w_gate_FD[...], self.w_up_FD[...], self.w_down_DF[...]
+
     @jax.named_scope("ffn")
     def __call__(self, x_BTD: Activation) -> Float[Array, "B T D"]:
-        return gated_ffn(x_BTD, self.w_gate_FD[...], self.w_up_FD[...], self.w_down_DF[...])
+        return gated_ffn(x_BTD, *self.weights)

@@ -72,6 +72,30 @@ class MoE(nnx.Module):
         bias_E = self.bias_E[...] if config.has_routing_bias else None
         expert_BTK, weight_BTK = route(score_BTE, bias_E, config)
         weights = (self.w_gate_EFD[...], self.w_up_EFD[...], self.w_down_EDF[...])
+        shared = self.shared.weights if config.num_shared_experts else None
+        at_once = decoding and self.place_EJ is None and shared is not None
+        if at_once and experts_in_place.reads_shared(x_BTD, expert_BTK.size, weights, shared):
+            with jax.named_scope("experts"):
+                x_1D = jax.tree.map(lambda leaf: leaf[0], x_BTD)
+                choices = expert_BTK[0, 0], weight_BTK[0, 0]
+                y_BTD = experts_in_place.ffn_with_shared(x_1D, *choices, weights, shared)[None]
+            lost = jnp.int32(0)
+        else:
+            y_BTD, lost = self.routed(x_BTD, expert_BTK, weight_BTK, weights, decoding)
+            if shared is not None:
+                with jax.named_scope("shared"):
+                    y_BTD = y_BTD + self.shared(x_BTD)
+        load = Load(
+            expert_counts(expert_BTK, config.num_experts, valid_BT),
+            sequence_loss(score_BTE, config, valid_BT),
+            lost,
+        )
+        return y_BTD, load
+
+    def routed(
+        self, x_BTD: Activation, expert_BTK, weight_BTK, weights, decoding: bool
+    ) -> tuple[Float[Array, "B T D"], Int[Array, ""]]:
+        """What the chosen experts give, and the choices that found no room."""
         experts = functools.partial(
             run_experts,
             num_places=weights[2].shape[0],
@@ -83,16 +107,7 @@ class MoE(nnx.Module):
         if self.place_EJ is not None:
             # Every device needs the whole table, so its E is none that a mesh axis splits.
             signature, operands = f"{signature},_J", (*operands, self.place_EJ[...])
-        y_BTD, lost = fp8.on_shards(experts, f"{signature}->BTD,", *operands)
-        load = Load(
-            expert_counts(expert_BTK, config.num_experts, valid_BT),
-            sequence_loss(score_BTE, config, valid_BT),
-            lost,
-        )
-        if config.num_shared_experts:
-            with jax.named_scope("shared"):
-                y_BTD = y_BTD + self.shared(x_BTD)
-        return y_BTD, load
+        return fp8.on_shards(experts, f"{signature}->BTD,", *operands)
 
 
 # What a score makes of logits; what else hangs on it is in ModelConfig: the routing bias, and how

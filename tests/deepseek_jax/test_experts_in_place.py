@@ -9,9 +9,9 @@ from flax import nnx
 import deepseek_jax as ds
 from deepseek_jax import attention, experts_in_place, few_rows
 from deepseek_jax.decoding import decode
-from deepseek_jax.experts_in_place import ffn_in_place, suits
+from deepseek_jax.experts_in_place import ffn_in_place, ffn_with_shared, reads_shared, suits
 from deepseek_jax.latent_cache import empty_cache
-from deepseek_jax.layers import norm_for, rms_norm
+from deepseek_jax.layers import norm_for, norms_for, rms_norm
 from deepseek_jax.linear import linear
 from pallas_kernels.mosaic import Target
 from tests.configs import TINY
@@ -101,6 +101,37 @@ def test_products_of_few_rows_are_scaled_by_their_norm_afterwards(
     if shape[0] < 5:
         assert relative_error(rows.x, expected) < 1e-6
     assert relative_error(linear("BTD,FD->BTF", rows, w_FD), expected @ w_FD.T) < 1e-6
+
+
+def test_norms_of_rows_of_several_lengths_are_those_of_each(on_accelerator, relative_error):
+    draw = np.random.default_rng(3).standard_normal
+    pairs = [(draw((2, 1, n), np.float32), draw(n, np.float32)) for n in (D, 3, D + 4)]
+    norms = [(gain, jnp.asarray(x), jnp.asarray(gain), "BTD") for x, gain in pairs]
+    made = norms_for(*norms, eps=1e-3)
+    for rows, (x, gain) in zip(made, pairs, strict=True):
+        assert isinstance(rows, few_rows.Scaled)
+        assert relative_error(rows.x, rms_norm(x, gain, 1e-3)) < 1e-6
+
+
+def test_shared_experts_of_one_token_are_read_along_with_the_chosen(on_accelerator, relative_error):
+    draw = np.random.default_rng(7).standard_normal
+    x_TD, expert_TK, weight_TK, weights = operands(1)
+    shared = [draw(shape, np.float32) for shape in ((2 * F, D), (2 * F, D), (D, 2 * F))]
+    (x_1D,) = few_rows.normed((jnp.asarray(x_TD), jnp.ones(D)), eps=1e-6)
+    assert reads_shared(x_1D, K, weights, shared)
+    assert not reads_shared(x_1D, 3, weights, shared)  # no whole groups as wide as the shared
+    assert not reads_shared(x_1D.x, K, weights, shared)
+    assert not reads_shared(x_1D, 8, [np.zeros((16, F, D))] * 3, [np.zeros((F, D))] * 3)
+    arrays = jax.tree.map(jnp.asarray, (expert_TK[0], weight_TK[0], weights, shared))
+    y_1D = ffn_with_shared(x_1D, *arrays)
+    x_TD = np.asarray(x_1D.x)
+    # The shared experts as two more that are chosen with weight 1.
+    halves = [shared[n].reshape(2, F, D) for n in (0, 1)]
+    halves.append(shared[2].reshape(D, 2, F).swapaxes(0, 1))
+    every = [np.concatenate(both) for both in zip(weights, halves, strict=True)]
+    expert_TJ = np.concatenate((expert_TK, [[E, E + 1]]), axis=1)
+    weight_TJ = np.concatenate((weight_TK, np.ones((1, 2))), axis=1)
+    assert relative_error(y_1D, one_by_one(x_TD, expert_TJ, weight_TJ, every)) < 1e-6
 
 
 def test_several_rows_multiply_weights_larger_than_the_cache_of_a_device(
