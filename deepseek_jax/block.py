@@ -12,7 +12,7 @@ from deepseek_jax.attention import Attention
 from deepseek_jax.config import ModelConfig, Remat
 from deepseek_jax.latent_cache import LatentCache
 from deepseek_jax.layers import FeedForward, norm_for, ones
-from deepseek_jax.moe import Load, MoE
+from deepseek_jax.moe import Load, MoE, read_from_stack
 from deepseek_jax.residual import rounded
 from pallas_kernels.mosaic import target
 
@@ -121,6 +121,8 @@ def run_cached(
 
     def layer(carry, block):
         x_BTD, cache, index, lost = carry
+        if isinstance(block.ffn, MoE):
+            read_from_stack(block.ffn, blocks.ffn, index - first, x_BTD.size // x_BTD.shape[-1])
         x_BTD, output = block(x_BTD, rotations_BTr, cache=cache.at(index), start_B=start_B)
         if output.load is not None:
             lost = lost + output.load.lost

@@ -1,10 +1,12 @@
 """The routed experts in decoding few tokens: weights are read where they lie, no token is sent.
 
-Laying few tokens out by expert costs more than their products. Either each choice reads the
-weights of its expert, and no others are read; or, where the choices are as many as the experts,
-every expert reads every token and what nobody chose is weighted with 0. Shared experts of a single
+Each choice reads the weights of its expert, and no others are read: all choices at once or, on a
+CPU, one expert after the other for blocks of its tokens. On a GPU the shared experts of a single
 token are read along with the chosen ones.
 """
+
+import functools
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +14,40 @@ from jaxtyping import Array, Float, Int
 
 from deepseek_jax.few_rows import Scaled, row_by_row, sums, weight_first
 from deepseek_jax.swiglu import swiglu
+from pallas_kernels.grouped_matmul.groups import group_of_block, padded_sizes
 from pallas_kernels.mosaic import target
+from sharding.row_layout import empty, gather_rows, gather_sum, plan_rows
 
 # Above, an expert's weights are read once for many rows, which is what dispatch is for.
 MOST_TOKENS = 64
 MOST_SUMS = 8  # of equal shapes that a GPU's compiler makes in one kernel
+# Rows that a CPU multiplies together: 8 take little longer than 4, and 2 longer than each alone.
+BLOCK_ROWS = 8
 
-Weights = tuple[jax.Array, jax.Array, jax.Array]  # W_gate, W_up and W_down
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class OfLayer:
+    """The weights of a layer's experts where they lie in the stack of all layers.
+
+    A loop over blocks takes whole arrays: the layer's slice of the stack would be a copy.
+    """
+
+    stack: jax.Array  # [L, E, ...]
+    layer: Int[Array, ""]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stack.shape[1:]
+
+    def __getitem__(self, expert) -> "jax.Array | OfLayer":
+        """The weight of an expert; all of them for an ellipsis, as nnx asks."""
+        if expert is Ellipsis:
+            return self
+        return self.stack.reshape(-1, *self.shape[1:])[self.layer * self.shape[0] + expert]
+
+
+Weights = tuple[jax.Array | OfLayer, ...]  # W_gate, W_up and W_down of experts
 
 
 def suits(num_tokens: int, choices: int, num_experts: int) -> bool:
@@ -29,6 +58,14 @@ def suits(num_tokens: int, choices: int, num_experts: int) -> bool:
     return target().platform == "cpu" and num_tokens <= MOST_TOKENS
 
 
+def are_blocks(num_tokens: int) -> bool:
+    """Whether so few tokens are multiplied a block at a time.
+
+    A CPU would copy the weights of all choices to memory before it multiplies them.
+    """
+    return target().platform == "cpu" and 1 < num_tokens <= MOST_TOKENS
+
+
 def ffn_in_place(
     x_TD: Float[Array, "T D"] | Scaled,
     expert_TK: Int[Array, "T K"],
@@ -37,8 +74,8 @@ def ffn_in_place(
 ) -> Float[Array, "T D"]:
     """sum_k weight_k FFN_k(x) of each token; weights are w_gate_EFD, w_up_EFD, w_down_EDF."""
     choose = _chosen_experts
-    if expert_TK.size >= weights[0].shape[0]:
-        choose, x_TD = _every_expert, x_TD.x if isinstance(x_TD, Scaled) else x_TD
+    if are_blocks(expert_TK.shape[0]):
+        choose, x_TD = _chosen_in_blocks, x_TD.x if isinstance(x_TD, Scaled) else x_TD
     return choose(x_TD, expert_TK, weight_TK, weights).astype(x_TD.dtype)
 
 
@@ -107,12 +144,25 @@ def ffn_with_shared(
     return y_1D.astype(dtype)
 
 
-def _every_expert(x_TD, expert_TK, weight_TK, weights):
-    w_gate, w_up, w_down = (w.astype(x_TD.dtype) for w in weights)
-    gate_EFT, up_EFT = (weight_first("TD,EFD->EFT", x_TD, w) for w in (w_gate, w_up))
-    ids_E = jnp.arange(w_gate.shape[0], dtype=expert_TK.dtype)
-    chosen_ETK = expert_TK[None] == ids_E[:, None, None]
-    weight_ET = jnp.sum(jnp.where(chosen_ETK, weight_TK[None], 0.0), axis=-1)
-    hidden_EFT = swiglu(gate_EFT, up_EFT, weight_ET[:, None, :])
-    y_EDT = weight_first("EFT,EDF->EDT", hidden_EFT, w_down)
-    return jnp.sum(y_EDT.astype(jnp.float32), axis=0).T
+def _chosen_in_blocks(x_TD, expert_TK, weight_TK, weights):
+    (T, K), E = expert_TK.shape, weights[0].shape[0]
+    R = BLOCK_ROWS if T * K >= E else 1
+    rows = plan_rows(expert_TK, E, R)
+    sizes_E, M = rows.group_sizes_E, rows.slot_M.shape[0]
+    expert_b = group_of_block(sizes_E, num_blocks=M // R, alignment=R)
+    x_bRD = gather_rows(x_TD, rows).reshape(M // R, R, -1)
+    # Those of padding rows count for nothing: no token sums these.
+    weight_b1R = weight_TK.reshape(T * K)[jnp.maximum(rows.slot_M, 0)].reshape(M // R, 1, R)
+    product = functools.partial(weight_first, "RK,NK->NR")
+
+    def block(b, y_bDR):
+        of_block = lambda array: jax.lax.dynamic_index_in_dim(array, b, keepdims=False)
+        w_gate, w_up, w_down = (w[of_block(expert_b)].astype(x_TD.dtype) for w in weights)
+        x_RD = of_block(x_bRD)
+        hidden_FR = swiglu(product(x_RD, w_gate), product(x_RD, w_up), of_block(weight_b1R))
+        y_DR = product(hidden_FR.T, w_down)
+        return jax.lax.dynamic_update_index_in_dim(y_bDR, y_DR, b, 0)
+
+    num_blocks = jnp.sum(padded_sizes(sizes_E, R)) // R
+    y_bDR = jax.lax.fori_loop(0, num_blocks, block, empty((M // R, x_TD.shape[1], R), x_TD))
+    return gather_sum(y_bDR.swapaxes(1, 2).reshape(M, -1), rows.row_TK)

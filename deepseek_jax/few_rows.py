@@ -79,12 +79,15 @@ def letters(signature: str) -> tuple[str, str, str]:
 
 
 def packs_weights(left: str, out: str, x: jax.Array, weight: jax.Array) -> bool:
-    """Whether the CPU's product of x [left] and a weight would copy the weight to pack it."""
+    """Whether the CPU's product of x [left] and a weight would copy the weight.
+
+    To pack it or, for one row and several dimensions, to turn it around.
+    """
     rows = math.prod(n for letter, n in zip(left, x.shape, strict=True) if letter in out)
     return (
         target().platform == "cpu"
         and x.dtype == weight.dtype == jnp.float32
-        and 1 < rows <= MOST_ROWS < weight.size
+        and rows <= MOST_ROWS < weight.size
     )
 
 

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from deepseek_jax.config import ModelConfig
+from pallas_kernels.mosaic import target
 from pallas_kernels.quantize_fp8.reference import TILE
 from pallas_kernels.rounding import to_fp8
+from sharding.placement import tokens_are_split
 
 E4M3 = jnp.float8_e4m3fn
 FORMATS = ("fp32", "bf16", "fp8")
@@ -46,9 +48,10 @@ class LatentCache:
             rotary_LBSR=write(self.rotary_LBSR, rotary_BTR),
         )
 
-    def read(self, dtype: jax.typing.DTypeLike) -> Float[Array, "B S Y"]:
-        """What the layer's tokens have left, in the dtype that attention computes in."""
-        of = lambda array: jax.lax.dynamic_index_in_dim(array, self.layer, keepdims=False)
+    def read(self, dtype: jax.typing.DTypeLike, length: int) -> Float[Array, "B S Y"]:
+        """What the layer's first tokens have left, in the dtype that attention computes in."""
+        layer_of = lambda array: jax.lax.dynamic_index_in_dim(array, self.layer, keepdims=False)
+        of = lambda array: jax.lax.slice_in_dim(layer_of(array), 0, length, axis=1)
         if self.latent_LBSY is not None:
             return of(self.latent_LBSY).astype(dtype)
         content_BSC = decode(of(self.codes_LBSC), of(self.scale_LBSc))
@@ -115,4 +118,12 @@ def _write(array_LBSX, new_BTX, layer, start_B) -> jax.Array:
     if new_BTX.shape[0] == 1:
         # Without a scatter the update is made in place on every backend.
         return one(array_LBSX[:, 0], new_BTX[0], start_B[0])[:, None]
+    if target().platform == "cpu" and not tokens_are_split():
+        # The scatter below would be one into a copy of the whole cache.
+        def text(b, array_LBSX):
+            new_TX = jax.lax.dynamic_index_in_dim(new_BTX, b, keepdims=False)
+            at = layer, b, start_B[b], zero
+            return jax.lax.dynamic_update_slice(array_LBSX, new_TX[None, None], at)
+
+        return jax.lax.fori_loop(0, new_BTX.shape[0], text, array_LBSX)
     return jax.vmap(one, in_axes=(1, 0, 0), out_axes=1)(array_LBSX, new_BTX, start_B)

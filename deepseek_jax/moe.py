@@ -24,7 +24,7 @@ from sharding import local
 from sharding.exchange import expert_device
 from sharding.expert_copies import copy_weights, deal, places_of
 from sharding.expert_parallel import dispatch_choices, plan_path
-from sharding.placement import is_split
+from sharding.placement import is_split, tokens_are_split
 
 
 class Load(NamedTuple):
@@ -283,6 +283,17 @@ def run_experts(
     weights = (w_gate_EFD, w_up_EFD, w_down_EDF)
     y_TD = expert_ffn(x_MD, weight_M, weights, path, alignment)
     return y_TD.reshape(B, T, D), path.lost
+
+
+def read_from_stack(moe: MoE, stacked: MoE, layer: Int[Array, ""], num_tokens: int) -> None:
+    """Has few tokens read the experts of a layer in the stack of all layers, on a single CPU."""
+    if moe.place_EJ is not None or tokens_are_split():
+        return
+    for name in ("w_gate_EFD", "w_up_EFD", "w_down_EDF"):
+        stack = getattr(stacked, name).get_value()
+        # Weights that rest in FP8 are decoded by layer.
+        if isinstance(stack, jax.Array) and experts_in_place.are_blocks(num_tokens):
+            getattr(moe, name).set_value(experts_in_place.OfLayer(stack, layer))
 
 
 def placed(moe: MoE, expert_LP: np.ndarray) -> None:

@@ -9,13 +9,18 @@ from flax import nnx
 import deepseek_jax as ds
 from deepseek_jax import attention, experts_in_place, few_rows
 from deepseek_jax.decoding import decode
-from deepseek_jax.experts_in_place import ffn_in_place, ffn_with_shared, reads_shared, suits
+from deepseek_jax.experts_in_place import (
+    OfLayer,
+    ffn_in_place,
+    ffn_with_shared,
+    reads_shared,
+    suits,
+)
 from deepseek_jax.latent_cache import empty_cache
 from deepseek_jax.layers import norm_for, norms_for, rms_norm
 from deepseek_jax.linear import linear
 from pallas_kernels.mosaic import Target
 from tests.configs import TINY
-from tests.deepseek_jax.program_calls import calls
 
 E, F, D, K = 6, 5, 7, 2
 
@@ -44,26 +49,47 @@ def test_few_tokens_get_what_their_experts_compute(tokens, relative_error):
     assert relative_error(y_TD, one_by_one(x_TD, expert_TK, weight_TK, weights)) < 1e-6
 
 
+@pytest.mark.parametrize("tokens", [2, 20], ids="T{}".format)  # blocks of one row, and of 8
+def test_tokens_that_all_choose_the_same_experts_read_them_in_the_stack_of_layers(
+    tokens, relative_error
+):
+    x_TD, _, weight_TK, weights = operands(tokens)
+    expert_TK = np.tile(np.array([4, 1]), (tokens, 1))
+    expected = one_by_one(x_TD, expert_TK, weight_TK, weights)
+    # Other layers hold what would not stay unnoticed.
+    stacks = [jnp.stack((np.full_like(w, np.nan), w, np.full_like(w, np.nan))) for w in weights]
+    of_layer = tuple(OfLayer(stack, jnp.int32(1)) for stack in stacks)
+    y_TD = jax.jit(ffn_in_place)(x_TD, expert_TK, weight_TK, of_layer)
+    assert relative_error(y_TD, expected) < 1e-6
+
+
 def test_many_tokens_are_dispatched():
     assert suits(1, 8, 256) and suits(16, 128, 256) and suits(16, 64, 32)
     assert not suits(65, 65 * 8, 256) and not suits(512, 4096, 64)
 
 
-def test_only_decoding_reads_experts_in_place_a_pass_without_a_cache_sorts_even_few_tokens():
+def test_only_decoding_reads_experts_in_place_a_pass_without_a_cache_sends_even_few_tokens(
+    monkeypatch,
+):
     model = nnx.eval_shape(lambda: ds.Model(TINY, rngs=nnx.Rngs(0)))
 
     def cached(model, tokens_BT):
         start_B = jnp.zeros((2,), jnp.int32)
         return decode(model, tokens_BT, empty_cache(TINY, 2, 64, "fp32"), start_B)[0]
 
-    def sorts_choices(program, length):
-        made = jax.make_jaxpr(program)(model, jax.ShapeDtypeStruct((2, length), jnp.int32))
-        return any(call.name == "sort" for call in calls(made))
+    def in_place(program, length):
+        read = []
+        ffn = lambda *operands: read.append(operands) or ffn_in_place(*operands)
+        monkeypatch.setattr(experts_in_place, "ffn_in_place", ffn)
+        # A function of its own, or what was traced before would not be traced again.
+        fresh = lambda *args: program(*args)
+        jax.make_jaxpr(fresh)(model, jax.ShapeDtypeStruct((2, length), jnp.int32))
+        return bool(read)
 
     plain = lambda model, tokens_BT: model(tokens_BT)[0]
-    assert sorts_choices(plain, 1) and sorts_choices(plain, 4)
-    assert not sorts_choices(cached, 1) and not sorts_choices(cached, 4)
-    assert sorts_choices(cached, 33)  # 66 tokens
+    assert not in_place(plain, 1) and not in_place(plain, 4)
+    assert in_place(cached, 1) and in_place(cached, 4)
+    assert not in_place(cached, 33)  # 66 tokens
 
 
 @pytest.mark.parametrize("signature", ["BTD,FD->BTF", "BTNU,DNU->BTD", "BTQ,NAQ->BTNA"])
@@ -75,7 +101,7 @@ def test_products_of_few_rows_are_products(signature, rows, relative_error, monk
     x, w = (draw([sizes[letter] for letter in side], np.float32) for side in (left, right))
     expected = np.einsum(signature, x.astype(np.float64), w.astype(np.float64))
     monkeypatch.setattr(few_rows, "MOST_ROWS", 4)  # a weight of few elements counts as one
-    assert few_rows.packs_weights(left, signature.partition("->")[2], x, w) == (rows > 1)
+    assert few_rows.packs_weights(left, signature.partition("->")[2], x, w)
     assert relative_error(linear(signature, x, w), expected) < 1e-6
     assert relative_error(few_rows.sums(signature, x, w), expected) < 1e-6
 
@@ -168,6 +194,18 @@ def test_attention_in_sums_is_attention_in_products(rows, relative_error):
     args = TINY, q_BTNY, cache_BSY, seen_BTS
     products, sums = attention.look_in_products(*args), attention.look_in_sums(*args)
     assert relative_error(sums, products) < 1e-6
+
+
+@pytest.mark.parametrize("last", [3, 4, 7, 8, 15], ids="at{}".format)
+def test_attention_on_a_part_of_the_cache_is_attention_on_all_of_it(last, relative_error):
+    module, draw = attention.Attention(TINY, rngs=nnx.Rngs(0)), np.random.default_rng(7)
+    cache, start_B = empty_cache(TINY, 2, 16, "fp32", layers=1).at(0), jnp.array([1, last])
+    latent_BSY = draw.standard_normal((2, 16, TINY.cache_dim), np.float32)
+    cache = cache.append(latent_BSY, jnp.zeros((2,), jnp.int32))
+    q_BTNA = draw.standard_normal((2, 1, TINY.num_heads, TINY.query_key_dim), np.float32)
+    part = attention.on_cache(module, q_BTNA, cache, start_B)
+    whole = attention.absorbed(module, q_BTNA, latent_BSY, start_B)
+    assert relative_error(part, whole) < 1e-6
 
 
 @pytest.mark.parametrize("step", [1, 2], ids="T{}".format)
