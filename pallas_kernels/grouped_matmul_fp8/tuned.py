@@ -6,7 +6,36 @@ Written by `bench tune grouped`; a shape that is not here follows the rules in h
 from pallas_kernels import block_scaled, tile_scaled
 
 # (rows a group, N, K).
-TILES: dict[tuple[int, ...], block_scaled.Tiles] = {}
+TILES: dict[tuple[int, ...], block_scaled.Tiles] = {
+    # 1238 TFLOP/s, before 1076 TFLOP/s; NVIDIA H200, 2026-11-30, commit 7a23802.
+    (1024, 2048, 7168): block_scaled.Tiles(
+        warpgroups=2, stages=6, band=16, memory_registers=40, in_flight=2, round=8
+    ),
+    # 1146 TFLOP/s, before 1109 TFLOP/s; NVIDIA H200, 2026-11-30, commit 7a23802.
+    (1024, 4096, 7168): block_scaled.Tiles(
+        warpgroups=2, stages=6, band=16, memory_registers=40, in_flight=2, round=8
+    ),
+    # 1099 TFLOP/s, before 1046 TFLOP/s; NVIDIA H200, 2026-11-30, commit 7a23802.
+    (1024, 7168, 2048): block_scaled.Tiles(
+        warpgroups=2, stages=6, band=16, memory_registers=40, in_flight=2, round=8
+    ),
+    # 1129 TFLOP/s, before 1082 TFLOP/s; NVIDIA H200, 2026-11-30, commit 7a23802.
+    (1024, 7168, 4096): block_scaled.Tiles(
+        warpgroups=2, stages=6, band=16, memory_registers=40, in_flight=2, round=8
+    ),
+    # 1217 TFLOP/s, before 1076 TFLOP/s; NVIDIA H200, 2026-11-30, commit 7a23802.
+    (1664, 1408, 2048): block_scaled.Tiles(band=16, pair=False),
+    # 1178 TFLOP/s, before 1101 TFLOP/s; NVIDIA H200, 2026-11-30, commit 7a23802.
+    (1664, 2048, 1408): block_scaled.Tiles(store_columns=64, band=16),
+    # 1206 TFLOP/s, before 1180 TFLOP/s; NVIDIA H200, 2026-11-30, commit 7a23802.
+    (4096, 4096, 7168): block_scaled.Tiles(store_columns=64, band=16),
+    # 1216 TFLOP/s, before 1125 TFLOP/s; NVIDIA H200, 2026-11-30, commit 7a23802.
+    (4096, 7168, 2048): block_scaled.Tiles(
+        warpgroups=2, stages=6, band=16, memory_registers=40, in_flight=2, round=8
+    ),
+    # 1179 TFLOP/s, before 1161 TFLOP/s; NVIDIA H200, 2026-11-30, commit 7a23802.
+    (4096, 7168, 4096): block_scaled.Tiles(band=32),
+}
 
 # (rows a group, N, K) of weight gradients.
 GRADIENT_TILES: dict[tuple[int, ...], tile_scaled.Tiles] = {

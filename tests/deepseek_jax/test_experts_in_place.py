@@ -203,8 +203,9 @@ def test_attention_on_a_part_of_the_cache_is_attention_on_all_of_it(last, relati
     latent_BSY = draw.standard_normal((2, 16, TINY.cache_dim), np.float32)
     cache = cache.append(latent_BSY, jnp.zeros((2,), jnp.int32))
     q_BTNA = draw.standard_normal((2, 1, TINY.num_heads, TINY.query_key_dim), np.float32)
-    part = attention.on_cache(module, q_BTNA, cache, start_B)
-    whole = attention.absorbed(module, q_BTNA, latent_BSY, start_B)
+    queries = jnp.split(q_BTNA, [TINY.content_head_dim], axis=-1)
+    part = attention.on_cache(module, *queries, cache, start_B)
+    whole = attention.absorbed(module, *queries, latent_BSY, start_B)
     assert relative_error(part, whole) < 1e-6
 
 
