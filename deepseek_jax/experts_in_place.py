@@ -1,7 +1,7 @@
 """The routed experts in decoding few tokens: weights are read where they lie, no token is sent.
 
 Each choice reads the weights of its expert, and no others are read: all choices at once or, on a
-CPU, one expert after the other for blocks of its tokens. On a GPU the shared experts of a single
+CPU, one expert after the other for blocks of its tokens. Elsewhere the shared experts of a single
 token are read along with the chosen ones.
 """
 
@@ -104,9 +104,9 @@ def _read(w_ENK: jax.Array, expert_J: Int[Array, " J"]) -> jax.Array:
     return w_ENK.reshape(E * N, K).at[row_JN].get(mode="promise_in_bounds")
 
 
-def reads_shared(x: jax.Array | Scaled, choices: int, weights: Weights, shared: Weights) -> bool:
+def reads_shared(x: Scaled, choices: int, weights: Weights, shared: Weights) -> bool:
     """Whether the shared experts of one token are best read along with the chosen ones."""
-    if not isinstance(x, Scaled) or x.rows.size > x.shape[-1]:
+    if x.rows.size > x.shape[-1]:
         return False
     width, rest = divmod(shared[0].shape[0], weights[0].shape[1])
     if rest or choices % width or not suits(1, choices, weights[0].shape[0]):

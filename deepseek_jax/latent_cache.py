@@ -122,7 +122,8 @@ def _write(array_LBSX, new_BTX, layer, start_B) -> jax.Array:
         # The scatter below would be one into a copy of the whole cache.
         def text(b, array_LBSX):
             new_TX = jax.lax.dynamic_index_in_dim(new_BTX, b, keepdims=False)
-            at = layer, b, start_B[b], zero
+            start = jax.lax.dynamic_index_in_dim(start_B, b, keepdims=False)
+            at = layer, b, start, zero
             return jax.lax.dynamic_update_slice(array_LBSX, new_TX[None, None], at)
 
         return jax.lax.fori_loop(0, new_BTX.shape[0], text, array_LBSX)

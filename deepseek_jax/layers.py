@@ -1,6 +1,7 @@
 """The pieces every block is made of: initialisation, RMSNorm, embedding, gated feed-forward."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,7 @@ def rms_norm(x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float) -
 
 
 def norm_for(
-    reader: jax.Array | QuantizedWeight,
+    reader: Any,
     x: Float[Array, "... D"],
     gain: Float[Array, " D"],
     eps: float,
@@ -79,7 +80,7 @@ def norm_for(
 
 
 def norms_for(
-    *norms: tuple[jax.Array | QuantizedWeight, jax.Array, Float[Array, " D"], str], eps: float
+    *norms: tuple[Any, jax.Array, Float[Array, " D"], str], eps: float
 ) -> list[jax.Array | Quantized]:
     """`norm_for` of each reader, x, gain and letters; few rows have their sums made together."""
     rows_and_gains = [(x, gain) for _, x, gain, _ in norms]

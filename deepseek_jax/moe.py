@@ -73,7 +73,8 @@ class MoE(nnx.Module):
         expert_BTK, weight_BTK = route(score_BTE, bias_E, config)
         weights = (self.w_gate_EFD[...], self.w_up_EFD[...], self.w_down_EDF[...])
         shared = self.shared.weights if config.num_shared_experts else None
-        at_once = decoding and self.place_EJ is None and shared is not None
+        few = decoding and isinstance(x_BTD, few_rows.Scaled)
+        at_once = few and self.place_EJ is None and shared is not None
         if at_once and experts_in_place.reads_shared(x_BTD, expert_BTK.size, weights, shared):
             with jax.named_scope("experts"):
                 x_1D = jax.tree.map(lambda leaf: leaf[0], x_BTD)

@@ -27,7 +27,7 @@ from experiments.data import TokenShards, is_shards, prepare
 from experiments.devices import Devices, MeshArgs, devices_of, make_cpu_devices
 from experiments.display import TrainingDisplay
 from experiments.eval import recorded_shards
-from experiments.finish import finish, tokenizer_of
+from experiments.finish import finish, tokenizer_of, write_report_if_possible
 from experiments.imported import imported_run
 from experiments.recipes import recipe
 from experiments.run_directory import RunDirectory, check_unchanged, hash_of

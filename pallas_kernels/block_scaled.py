@@ -41,7 +41,7 @@ class Tiles:
     # Products of a warpgroup in flight before the first is added: where few warpgroups take turns
     # it is the way from a barrier through a product to its sum that takes the time.
     in_flight: int = 1
-    # Steps of a round of the main loop, between which nothing is in flight; 0: `in_flight`.
+    # Between rounds of so many steps nothing is in flight; 0: rounds of `in_flight`.
     round: int = 0
 
     def __post_init__(self):

@@ -105,7 +105,7 @@ def is_split(x: jax.Array, letters: str, axis: str) -> bool:
 
 
 def tokens_are_split() -> bool:
-    """Whether devices have different tokens, so that gradients are summed over them.
+    """Whether there are several devices: they have different tokens, and gradients are summed.
 
     Those of the tensor axis have different parts of a sequence.
     """

@@ -4,9 +4,12 @@ Read from the syntax tree, so that an import inside a function counts as one at 
 """
 
 import ast
+import builtins
 import os
 import subprocess
+import symtable
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -173,3 +176,27 @@ def test_importing_needs_no_library_that_only_some_runs_need():
 def test_the_command_line_answers_without_loading_jax():
     done = run_fresh("import experiments.__main__, sys; print('jax' in sys.modules)")
     assert done.stdout.strip() == "False", done.stdout + done.stderr
+
+
+def tables_in(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
+    """The names of a module and of everything defined in it."""
+    yield table
+    for child in table.get_children():
+        yield from tables_in(child)
+
+
+def test_every_name_is_defined():
+    # ruff is not asked: to it, the shapes of jaxtyping are undefined names.
+    undefined = {}
+    for path in SOURCES + TESTS:
+        module = symtable.symtable(path.read_text(), str(path), "exec")
+        known = {*dir(builtins), "__file__"}
+        known |= {s.get_name() for s in module.get_symbols() if s.is_assigned() or s.is_imported()}
+        used = {
+            s.get_name()
+            for table in tables_in(module)
+            for s in table.get_symbols()
+            if s.is_global() and s.is_referenced()
+        }
+        undefined |= {name(path): used - known} if used - known else {}
+    assert not undefined

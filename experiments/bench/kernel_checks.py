@@ -71,11 +71,23 @@ def gemm() -> Iterator[Verdict]:
         right = right + float64(total)
         yield from error_and_repeats(f"{name}, accumulating", right, 2e-4, call, y, x, total)
     if jax.devices()[0].platform == "gpu":
+        yield from measured_products()
         yield from measured_gradients()
 
 
-def measured_gradients() -> Iterator[Verdict]:
+def measured_products() -> Iterator[Verdict]:
     """Tiles in the tables are for shapes that they divide; here on one that they do not."""
+    a, b = quantize_tiles(normal(1001, 2112)), quantize_blocks(normal(592, 2112, dtype=F32))
+    right = values(a) @ block_values(b.codes, b.scale).T
+    tables = (dense_tiles.TILES, grouped_tiles.TILES)
+    for tiles in {tiles for table in tables for tiles in table.values()}:
+        call = functools.partial(dense_fp8.matmul, tiles=tiles, cores=cores(), out_dtype=BF16)
+        found = poisoned(jax.jit(call), *a, b.codes, b.scale)
+        yield verdict(f"product, {tiles}: error", error(found, right), ROUNDED, most=True)
+
+
+def measured_gradients() -> Iterator[Verdict]:
+    """The same of weight gradients."""
     y, x = (quantize_tiles(normal(520, width), by="columns") for width in (2112, 592))
     total = normal(2112, 592, dtype=F32)
     right = values(y) @ values(x).T + float64(total)

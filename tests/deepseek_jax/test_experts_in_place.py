@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import deepseek_jax as ds
-from deepseek_jax import attention, experts_in_place, few_rows
+from deepseek_jax import attention, block, experts_in_place, few_rows, latent_cache
 from deepseek_jax.decoding import decode
 from deepseek_jax.experts_in_place import (
     OfLayer,
@@ -111,7 +111,7 @@ def test_products_of_few_rows_are_products(signature, rows, relative_error, monk
 
 @pytest.fixture
 def on_accelerator(monkeypatch):
-    for module in (few_rows, experts_in_place):
+    for module in (few_rows, experts_in_place, attention, latent_cache, block):
         monkeypatch.setattr(module, "target", lambda: Target("gpu", "an accelerator", 1))
 
 
@@ -146,7 +146,6 @@ def test_shared_experts_of_one_token_are_read_along_with_the_chosen(on_accelerat
     (x_1D,) = few_rows.normed((jnp.asarray(x_TD), jnp.ones(D)), eps=1e-6)
     assert reads_shared(x_1D, K, weights, shared)
     assert not reads_shared(x_1D, 3, weights, shared)  # no whole groups as wide as the shared
-    assert not reads_shared(x_1D.x, K, weights, shared)
     assert not reads_shared(x_1D, 8, [np.zeros((16, F, D))] * 3, [np.zeros((F, D))] * 3)
     arrays = jax.tree.map(jnp.asarray, (expert_TK[0], weight_TK[0], weights, shared))
     y_1D = ffn_with_shared(x_1D, *arrays)

@@ -8,7 +8,6 @@ import sys
 import pytest
 
 from deepseek_jax.config import Run, from_json, to_json
-from experiments import launch
 from tests.experiments import runs
 
 FIELDS = {
@@ -79,7 +78,7 @@ def test_the_summary_says_how_it_went(summary):
 
 
 def test_token_shards_as_data_give_the_same_run(trained, summary, monkeypatch, tmp_path):
-    monkeypatch.setattr(launch, "write_report_if_possible", lambda directory: None)
+    monkeypatch.setattr("experiments.finish.write_report_if_possible", lambda directory: None)
     words = runs.launch_words(tmp_path / "run", trained.run / "data", "--json",
                               str(tmp_path / "summary.json"))
     code, _, err = runs.call(*words)
@@ -94,7 +93,7 @@ def test_token_shards_as_data_give_the_same_run(trained, summary, monkeypatch, t
 
 
 def test_text_beside_token_shards_is_tokenised_like_them(trained, monkeypatch, tmp_path):
-    monkeypatch.setattr(launch, "write_report_if_possible", lambda directory: None)
+    monkeypatch.setattr("experiments.finish.write_report_if_possible", lambda directory: None)
     more = runs.write_text(tmp_path / "more")
     (more / "new.txt").write_text("a document that the shards do not hold\n" * 20)
     words = runs.launch_words(tmp_path / "run", trained.run / "data", settings=("steps=1",))

@@ -37,11 +37,11 @@ def main(case: str):
         shape = block_scaled.Tiles(2, 128, 2, row_tiles=4, band=1, memory_registers=40)
         rows, k = 328, 256
         if case == "in_flight":
-            # Five products of 128: twice two and one more.
+            # Eleven products of 128: two rounds of four and three more.
             shape = block_scaled.Tiles(
-                1, 32, 3, 32, 1, pair=False, memory_registers=40, in_flight=2
+                1, 32, 3, 32, 1, pair=False, memory_registers=40, in_flight=2, round=4
             )
-            rows, k = 40, 640
+            rows, k = 40, 1408
         a, (b_codes, b_scale) = tiles(normal(rows, k), False), blocks(normal(1, 272, k), False)
         operands, options["out_dtype"] = (*a, b_codes[0], b_scale[0]), jnp.bfloat16
         found = hopper.matmul(*operands, tiles=shape, **options)

@@ -146,6 +146,7 @@ TILES = [
     block_scaled.Tiles(1, 32, 14, 32, 1, memory_registers=40),
     block_scaled.Tiles(2, 64, 8, pair=False, memory_registers=40),
     block_scaled.Tiles(2, 64, 8, pair=False, memory_registers=40, in_flight=3),
+    block_scaled.Tiles(2, 128, 6, memory_registers=40, in_flight=2, round=8),
 ]
 
 
@@ -191,12 +192,13 @@ def test_row_tiles_share_the_rows_evenly(slices, tiles):
 
 
 def test_row_tiles_balance_the_blocks():
+    row_tiles = lambda n, k: hopper.balanced_row_tiles(4096, n, k, block_scaled.Tiles(), 132)
     # 5.3 tiles of 192 x 256 a pair of blocks: some would have 6, now 4 high ones and 2 low ones.
-    assert hopper.tiles_of(4096, 4096, 7168, 132).row_tiles == 24
+    assert row_tiles(4096, 7168) == 24
     # 32 tiles each already.
-    assert hopper.tiles_of(4096, 24576, 1536, 132).row_tiles == 22
+    assert row_tiles(24576, 1536) == 22
     # What runs at once exceeds the L2 cache: tiles must stay in step.
-    assert hopper.tiles_of(4096, 7168, 16384, 132).row_tiles == 22
+    assert row_tiles(7168, 16384) == 22
 
 
 def test_few_rows_take_narrow_tiles_unless_the_sms_would_run_more_rounds():
@@ -212,6 +214,8 @@ def test_odd_tiles_are_refused():
         block_scaled.Tiles(warpgroups=4)
     with pytest.raises(ValueError, match="in_flight=5"):
         block_scaled.Tiles(in_flight=5)
+    with pytest.raises(ValueError, match="round=1"):
+        block_scaled.Tiles(in_flight=2, round=1)
     with pytest.raises(ValueError, match="columns=264"):
         tile_scaled.Tiles(columns=264)
     with pytest.raises(ValueError, match="whole tile in store buffers"):
