@@ -307,15 +307,7 @@ def test_formulas_foresee_what_was_compiled_for_the_target(path):
         assert row["compiled GB"] == pytest.approx(expected[purpose], rel=0.02), purpose
 
 
-@pytest.mark.parametrize(
-    "cut",
-    [
-        False,
-        # XLA sends up to six times as much there: it gathers the scores of all tokens for top_k.
-        pytest.param(True, marks=pytest.mark.xfail(strict=True, reason="scores are gathered")),
-    ],
-    ids=["without-tensor-axis", "with-tensor-axis"],
-)
+@pytest.mark.parametrize("cut", [False, True], ids=["without-tensor-axis", "with-tensor-axis"])
 def test_formulas_foresee_what_the_compiled_setups_of_a_sweep_send(cut):
     rows = json.loads((ROOT / "experiments/results/sweep_v3_h200x2048.json").read_text())["rows"]
     rows = [row for row in rows if row["compiled_sent"] and (row["tensor"] > 1) == cut]
