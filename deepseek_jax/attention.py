@@ -174,11 +174,10 @@ def _attend_e5m6_bwd(scale, saved, gradients):
 attend_e5m6.defvjp(_attend_e5m6_fwd, _attend_e5m6_bwd)
 
 
-def on_cache(
-    attention: Attention, q_BTNH, q_BTNR, cache: LatentCache, start_B
-) -> Activation:
+def on_cache(attention: Attention, q_BTNH, q_BTNR, cache: LatentCache, start_B) -> Activation:
     """Attention on the cache; a CPU reads a quarter or half of it while that holds all texts."""
     S, T = cache.capacity, q_BTNH.shape[1]
+
     def on_first(s: int):
         return absorbed(attention, q_BTNH, q_BTNR, cache.read(q_BTNH.dtype, s), start_B)
 

@@ -157,10 +157,8 @@ def route(
 def best_of(biased_BTE, score_BTE, k: int) -> tuple[Int[Array, "B T K"], Float[Array, "B T K"]]:
     """The k experts whose biased scores are the largest, and their scores."""
     expert_BTK = checkpoint_name(largest(biased_BTE, k), "route")
-    of_chosen = local(
-        functools.partial(jnp.take_along_axis, axis=-1), "BTE,BTK->BTK", whole="E"
-    )
-    return expert_BTK, of_chosen(score_BTE, expert_BTK)
+    take = functools.partial(jnp.take_along_axis, axis=-1)
+    return expert_BTK, local(take, "BTE,BTK->BTK", whole="E")(score_BTE, expert_BTK)
 
 
 def largest(score_BTE: Float[Array, "B T E"], k: int) -> Int[Array, "B T K"]:
@@ -288,12 +286,14 @@ def run_experts(
 
 def read_from_stack(moe: MoE, stacked: MoE, layer: Int[Array, ""], num_tokens: int) -> None:
     """Has few tokens read the experts of a layer in the stack of all layers, on a single CPU."""
+    if not experts_in_place.are_blocks(num_tokens):
+        return
     if moe.place_EJ is not None or tokens_are_split():
         return
     for name in ("w_gate_EFD", "w_up_EFD", "w_down_EDF"):
         stack = getattr(stacked, name).get_value()
         # Weights that rest in FP8 are decoded by layer.
-        if isinstance(stack, jax.Array) and experts_in_place.are_blocks(num_tokens):
+        if isinstance(stack, jax.Array):
             getattr(moe, name).set_value(experts_in_place.OfLayer(stack, layer))
 
 
