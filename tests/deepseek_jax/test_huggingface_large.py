@@ -5,21 +5,15 @@ To be run alone: the layer needs 12 GB of memory.
 
 import dataclasses
 import os
-import subprocess
 import sys
 
 import pytest
 
 from deepseek_jax import configs
 from tests.parity.sparse import write_sparse
+from tests.peak_memory import run_measured
 
 pytestmark = pytest.mark.slow
-# Of this program alone: ru_maxrss begins with what the tests held when they started it.
-PEAK = """
-def peak():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-"""
 AUDIT = """
 import sys, time
 from pathlib import Path
@@ -27,7 +21,7 @@ from deepseek_jax.huggingface_checkpoint import open_checkpoint
 from experiments.convert import audit
 began = time.perf_counter()
 rows = sum(1 for _ in audit(open_checkpoint(Path(sys.argv[1]))))
-print(rows, time.perf_counter() - began, peak())
+print(rows, time.perf_counter() - began)
 """
 LOAD = """
 import sys
@@ -39,17 +33,18 @@ model = ds.load_huggingface(sys.argv[1], precision=precision, mesh=make_mesh(exp
 gate = model.moe.ffn.w_gate_EFD.get_value().codes
 assert gate.sharding.shard_shape(gate.shape)[1] == gate.shape[1] // 8
 fp8 = sum(leaf.nbytes for leaf in jax.tree.leaves(model) if leaf.dtype.itemsize == 1)
-print(fp8, peak())
+print(fp8)
 """
 
 
 def run(code, folder):
+    """The numbers that the program prints, and its peak memory in bytes."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu",
                    "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}  # fmt: skip
-    command = [sys.executable, "-c", PEAK + code, str(folder)]
-    done = subprocess.run(command, env=environment, text=True, capture_output=True)
+    command = [sys.executable, "-c", code, str(folder)]
+    done, peak = run_measured(command, folder.parent, env=environment)
     assert done.returncode == 0, done.stderr
-    return [float(word) for word in done.stdout.split()]
+    return [*map(float, done.stdout.split()), peak]
 
 
 def test_the_whole_checkpoint_is_audited_in_a_minute_and_two_gigabytes(tmp_path):
