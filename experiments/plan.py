@@ -14,7 +14,7 @@ from experiments.planning.choose import best_setup, prediction
 from experiments.planning.compare import by_axes, compared, low_precision_sums, others
 from experiments.planning.compile import Compiled, compile_setup
 from experiments.planning.decode import decode_rows
-from experiments.planning.memory import Memory, argument_bytes, memory
+from experiments.planning.memory import Memory, argument_bytes, memory, tile_bytes
 from experiments.planning.setup import Setup, mesh_name, mesh_of, setup
 from experiments.planning.targets import Target
 from experiments.recipes import recipe
@@ -181,8 +181,12 @@ def memory_rows(chosen: Setup, held: Memory, found: Compiled | None) -> list[dic
              "GiB": getattr(held, name) / GIB} for name, label in names.items()]  # fmt: skip
     rows.append({"what": "together, about", "bytes": int(held.total), "GiB": held.total / GIB})
     if found is not None and found.refused is None:
+        handed = [("state and batch", argument_bytes(chosen))]
+        if found.target.startswith("TPU"):
+            tiled = argument_bytes(chosen) + tile_bytes(chosen)
+            handed.append(("state and batch in the tiles of a TPU", tiled))
         for label, size in (
-            ("state and batch", argument_bytes(chosen)),
+            *handed,
             (f"{found.target} compiler: state and batch", found.arguments),
             (f"{found.target} compiler: temporary", found.temporary),
             (f"{found.target} compiler: peak", found.peak),

@@ -5,13 +5,22 @@ What a step computes is in work.py, what it sends in traffic.py; a plan sets the
 beside all three.
 """
 
+import itertools
+import math
 from typing import NamedTuple
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.fp8 import TILE
 from deepseek_jax.moe import row_alignment
 from experiments.planning.setup import Setup
-from experiments.planning.weights import TABLES, optimizer_bytes, parameter_bytes, shards, weights
+from experiments.planning.weights import (
+    TABLES,
+    optimizer_bytes,
+    optimizer_itemsizes,
+    parameter_bytes,
+    shards,
+    weights,
+)
 
 
 class Memory(NamedTuple):
@@ -66,6 +75,31 @@ def argument_bytes(setup: Setup) -> int:
     counters = 4 * (1 + 2 + 1 + 1)  # step, tokens in two words, skipped, skipped in a row
     tokens = 4 * setup.accumulation * setup.sequences * (run.seq_len + 1)
     return state + biases + counters + tokens
+
+
+def tile_bytes(setup: Setup) -> int:
+    """Bytes by which a TPU fills up what a step is handed to whole tiles of memory."""
+    run, config = setup.run, setup.run.config
+    itemsizes = (4, *optimizer_itemsizes(run))
+    arrays = [(w.shard, size) for w in weights(config, setup.mesh) for size in itemsizes]
+    if config.has_routing_bias:
+        arrays += [((n, config.num_experts), 4) for n in (config.num_moe_layers, config.num_mtp)]
+    arrays.append(((setup.accumulation, setup.sequences, run.seq_len + 1), 4))
+    return sum(size * (tiled(shape) - math.prod(shape)) for shape, size in arrays)
+
+
+def tiled(shape: tuple[int, ...]) -> int:
+    """Elements that a TPU keeps for an array.
+
+    Two of its dimensions, whichever pad least, lie in tiles of 8 x 128, of fewer rows where there
+    are fewer: what the compiler was seen to do.
+    """
+    up = lambda n, multiple: -(-n // multiple) * multiple
+    rows = lambda n: up(n, min(8, 1 << max(n - 1, 0).bit_length()))
+    size = math.prod(shape)
+    if len(shape) < 2 or not size:
+        return up(size, 128)
+    return min(size // (n * m) * rows(n) * up(m, 128) for n, m in itertools.permutations(shape, 2))
 
 
 def stacked_layers(config: ModelConfig) -> int:

@@ -4,6 +4,7 @@ Everything here is read off names, shapes and the letter tables, before anything
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from deepseek_jax.counts import abstract_model
 from deepseek_jax.fp8 import sides
 from deepseek_jax.linear import DTYPES
 from sharding.mesh import AXES
-from sharding.rules import COMPUTE, STORE, Table, letters_of, spec, weight_spec
+from sharding.rules import COMPUTE, STORE, letters_of, spec, weight_spec
 
 # The model multiplies with these whole, whatever the compute table says of V.
 TABLES = ("embed_VD", "head_VD")
@@ -31,6 +32,7 @@ class Weight(NamedTuple):
     stored: tuple[str, ...]  # mesh axes that masters, moments and gradients are split over
     computed: tuple[str, ...]  # those that products see it split over
     mesh: tuple[str, ...]  # all of them
+    shard: tuple[int, ...]  # the shape of what a device stores
 
     @property
     def leaf(self) -> str:
@@ -103,11 +105,16 @@ def _weights(config: ModelConfig, mesh: tuple[int, ...]) -> tuple[Weight, ...]:
     above = lambda axes: tuple(axis for axis in axes if sizes[axis] > 1)
     for name, shape in shapes(config):
         leaf = name.rpartition(".")[2]
-        split = lambda table, leaf=leaf, shape=shape: above(
-            _axes(weight_spec(leaf, shape, table, sizes))
+        places = lambda table, leaf=leaf, shape=shape: _entries(
+            weight_spec(leaf, shape, table, sizes)
         )
-        computed: Table = () if leaf in TABLES else COMPUTE
-        found.append(Weight(name, shape, split(STORE), split(computed), above(AXES)))
+        stored, computed = places(STORE), places(() if leaf in TABLES else COMPUTE)
+        shard = tuple(
+            n // shards(entry, sizes)
+            for n, entry in itertools.zip_longest(shape, stored, fillvalue=())
+        )
+        split = lambda entries: above(itertools.chain.from_iterable(entries))
+        found.append(Weight(name, shape, split(stored), split(computed), above(AXES), shard))
     return tuple(found)
 
 
@@ -128,9 +135,14 @@ def parameter_bytes(run: Run, mesh: Mapping[str, int]) -> int:
 
 def optimizer_bytes(run: Run, mesh: Mapping[str, int]) -> int:
     """Bytes of both moments, and of the moving average where there is one, on a device."""
-    moment = jax.numpy.dtype(DTYPES[run.precision.moments]).itemsize
-    each = 2 * moment + (4 if run.ema_decay is not None else 0)
+    each = sum(optimizer_itemsizes(run))
     return sum(each * w.size // shards(w.stored, mesh) for w in weights(run.config, mesh))
+
+
+def optimizer_itemsizes(run: Run) -> tuple[int, ...]:
+    """Bytes of an element of each array that the optimizer keeps beside a master."""
+    moment = jax.numpy.dtype(DTYPES[run.precision.moments]).itemsize
+    return (moment, moment, *([4] if run.ema_decay is not None else []))
 
 
 def shards(axes: tuple[str, ...], mesh: Mapping[str, int]) -> int:
@@ -156,12 +168,12 @@ def code_axes(
         (lead + n + k, (*first, up(rows, 16), up(columns, 128))),
         (lead + k + n, (*first, up(columns, 16), up(rows, 128))),
     ):
-        axes = _axes(spec(letters, shape, STORE, mesh))
+        axes = itertools.chain.from_iterable(_entries(spec(letters, shape, STORE, mesh)))
         found.append(tuple(a for a in axes if mesh[a] > 1 and a not in weight.computed))
     return tuple(found)
 
 
-def _axes(where: PartitionSpec) -> tuple[str, ...]:
-    """The axes dimension by dimension; within one, the last counts fastest and goes first."""
+def _entries(where: PartitionSpec) -> list[tuple[str, ...]]:
+    """The axes of each dimension; of several the last counts fastest and goes first."""
     entries = [(entry,) if isinstance(entry, str) else entry or () for entry in where]
-    return tuple(axis for entry in entries for axis in reversed(entry))
+    return [tuple(reversed(entry)) for entry in entries]

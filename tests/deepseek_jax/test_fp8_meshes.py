@@ -85,6 +85,7 @@ def test_a_step_on_a_mesh_is_that_of_one_device(sizes, state, one_device):
         assert not found[name][gradient == 0].any(), name
 
 
+@pytest.mark.slow
 def test_the_same_micro_batch_twice_has_the_gradients_of_once(state):
     # What was added up before must not be added up over the devices once more.
     mesh = make_mesh(jax.devices()[:2], tensor=2)

@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from tests.experiments import runs
 
 
+@pytest.mark.slow
 def test_drafting_a_runs_texts_is_measured_and_drawn(trained, tmp_path):
     words = ["--prompts", 3, "--new", 6, "--timed", 1, "--out", tmp_path / "draft.png"]
     code, out, err = runs.call(

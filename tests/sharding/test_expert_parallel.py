@@ -305,8 +305,13 @@ def ragged_by_gathers(x, out, *updates, axis_name, axis_index_groups):
     return jnp.where(announced, out, jnp.full_like(out, 77))
 
 
-@pytest.mark.parametrize("nodes", [1, 4], ids=["one-hop", "two-hops"])
-@pytest.mark.parametrize("by_row", [False, True], ids=["a-message-each", "row-by-row"])
+@pytest.mark.parametrize(
+    "by_row, nodes",
+    [pytest.param(False, 1, id="a-message-each-one-hop"),
+     pytest.param(True, 4, id="row-by-row-two-hops"),
+     pytest.param(True, 1, marks=pytest.mark.slow, id="row-by-row-one-hop"),
+     pytest.param(False, 4, marks=pytest.mark.slow, id="a-message-each-two-hops")],
+)  # fmt: skip
 def test_only_rows_that_hold_tokens_need_to_travel(monkeypatch, by_row, nodes):
     args = normal(0, 40, 3), jnp.asarray(choices_by_node(4, kept=4))
     padded = Scheme(expert_nodes=nodes, room=4.0)

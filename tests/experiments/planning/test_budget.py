@@ -17,7 +17,7 @@ from deepseek_jax.training import abstract_state
 from experiments.planning.choose import prediction
 from experiments.planning.compare import foreseen
 from experiments.planning.measure import spearman
-from experiments.planning.memory import argument_bytes, kept_bytes, memory
+from experiments.planning.memory import argument_bytes, kept_bytes, memory, tile_bytes, tiled
 from experiments.planning.setup import Setup, mesh_of, meshes, refusal, setup, setups
 from experiments.planning.traffic import hop_rows, step_transfers
 from experiments.planning.weights import optimizer_bytes, parameter_bytes
@@ -28,6 +28,7 @@ from sharding.mesh import AXES
 from sharding.placement import Scheme, store_shardings
 
 ROOT = Path(__file__).parents[3]
+RESULTS = ROOT / "experiments" / "results"
 V3 = recipe("deepseek_v3")(None)
 TINY = recipe("tiny")(None)
 SHAPES = ("fsdp=32,expert=64", "data=4,fsdp=8,expert=64", "fsdp=256,tensor=8", "data=8,expert=256")
@@ -288,14 +289,11 @@ def test_micro_batches_may_fill_the_step_that_single_sequences_make():
 
 
 @pytest.mark.parametrize(
-    "path", sorted((ROOT / "experiments" / "results").glob("plan_*.json")), ids=lambda p: p.stem
+    "path", sorted(RESULTS.glob("plan_*_h200*.json")), ids=lambda p: p.stem
 )
-def test_formulas_foresee_what_was_compiled_for_the_target(path):
+def test_formulas_foresee_what_was_compiled_for_gpus(path):
     found = json.loads(path.read_text())
-    scheme = Scheme(**found["scheme"])
-    chosen = Setup(from_json(Run, found["run"]), cluster(found["cluster"]), found["mesh"], scheme)
-    memory = {row["what"]: row["bytes"] for row in found["tables"]["memory of a device"]}
-    handed = next(n for what, n in memory.items() if what.endswith("compiler: state and batch"))
+    chosen, handed = compiled_plan(found)
     assert argument_bytes(chosen) == handed
     sent = {row["for"]: row for row in found["tables"]["bytes a device sends in a step"]}
     other = sent.pop("other")["compiled GB"]
@@ -307,9 +305,40 @@ def test_formulas_foresee_what_was_compiled_for_the_target(path):
         assert row["compiled GB"] == pytest.approx(expected[purpose], rel=0.02), purpose
 
 
+@pytest.mark.parametrize(
+    "path", sorted(RESULTS.glob("plan_*_v5p*.json")), ids=lambda p: p.stem
+)
+def test_formulas_foresee_what_a_tpu_is_handed_and_what_its_experts_exchange(path):
+    found = json.loads(path.read_text())
+    chosen, handed = compiled_plan(found)
+    assert argument_bytes(chosen) + tile_bytes(chosen) == pytest.approx(handed, rel=2e-4)
+    rows = {row["for"]: row for row in found["tables"]["bytes a device sends in a step"]}
+    sent = rows["dispatch and combine"]
+    assert sent["compiled GB"] == pytest.approx(sent["formula GB"], rel=0.02)
+
+
+def compiled_plan(found):
+    """The setup of a stored plan, and the bytes that its compiler says a step is handed."""
+    scheme = Scheme(**found["scheme"])
+    chosen = Setup(from_json(Run, found["run"]), cluster(found["cluster"]), found["mesh"], scheme)
+    memory = {row["what"]: row["bytes"] for row in found["tables"]["memory of a device"]}
+    handed = next(n for what, n in memory.items() if what.endswith("compiler: state and batch"))
+    return chosen, handed
+
+
+@pytest.mark.parametrize(
+    "shape, kept",
+    [((5,), 128), ((58, 2, 192, 48), 58 * 2 * 48 * 256), ((58, 9, 224), 9 * 64 * 256),
+     ((3, 7168), 4 * 7168), ((1, 9, 224), 9 * 256), ((0, 256), 0)],
+)  # fmt: skip
+def test_a_tpu_keeps_arrays_in_whole_tiles(shape, kept):
+    # As v5p's compiler was seen to lay out the weights of V3, but for the first and the last.
+    assert tiled(shape) == kept
+
+
 @pytest.mark.parametrize("cut", [False, True], ids=["without-tensor-axis", "with-tensor-axis"])
 def test_formulas_foresee_what_the_compiled_setups_of_a_sweep_send(cut):
-    rows = json.loads((ROOT / "experiments/results/sweep_v3_h200x2048.json").read_text())["rows"]
+    rows = json.loads((RESULTS / "sweep_v3_h200x2048.json").read_text())["rows"]
     rows = [row for row in rows if row["compiled_sent"] and (row["tensor"] > 1) == cut]
     assert len(rows) >= (5 if cut else 8)
     for row in rows:
