@@ -26,7 +26,7 @@ from pallas_kernels.mla_attention import (
 )
 from pallas_kernels.mosaic import target
 from sharding import local, shard
-from sharding.placement import tokens_are_split
+from sharding.placement import on_several_devices
 
 
 class Attention(nnx.Module):
@@ -181,7 +181,7 @@ def on_cache(attention: Attention, q_BTNH, q_BTNR, cache: LatentCache, start_B) 
     def on_first(s: int):
         return absorbed(attention, q_BTNH, q_BTNR, cache.read(q_BTNH.dtype, s), start_B)
 
-    if target().platform != "cpu" or tokens_are_split():
+    if target().platform != "cpu" or on_several_devices():
         return on_first(S)
     parts = [max(S // 4, 1), max(S // 2, 1), S]
     part = sum((jnp.max(start_B) + T > s).astype(jnp.int32) for s in parts[:-1])

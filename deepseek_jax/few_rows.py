@@ -9,7 +9,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mosaic import target
-from sharding.placement import current_mesh
+from sharding.placement import on_several_devices
 
 MOST_ROWS = 64
 MOST_SUMMED = 4  # rows that an accelerator reads weights for in sums
@@ -41,9 +41,8 @@ class Scaled:
 
 def are_few(x: jax.Array) -> bool:
     """Whether x is few rows on one accelerator, where each small kernel costs time."""
-    mesh, rows = current_mesh(), x.size // x.shape[-1]
-    alone = mesh is None or mesh.size == 1
-    return alone and rows <= MOST_SUMMED and target().platform != "cpu"
+    few = x.size // x.shape[-1] <= MOST_SUMMED
+    return few and target().platform != "cpu" and not on_several_devices()
 
 
 def in_order(x: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from deepseek_jax.config import ModelConfig
 from pallas_kernels.mosaic import target
 from pallas_kernels.quantize_fp8.reference import TILE
 from pallas_kernels.rounding import to_fp8
-from sharding.placement import tokens_are_split
+from sharding.placement import on_several_devices
 
 E4M3 = jnp.float8_e4m3fn
 FORMATS = ("fp32", "bf16", "fp8")
@@ -118,7 +118,7 @@ def _write(array_LBSX, new_BTX, layer, start_B) -> jax.Array:
     if new_BTX.shape[0] == 1:
         # Without a scatter the update is made in place on every backend.
         return one(array_LBSX[:, 0], new_BTX[0], start_B[0])[:, None]
-    if target().platform == "cpu" and not tokens_are_split():
+    if target().platform == "cpu" and not on_several_devices():
         # The scatter below would be one into a copy of the whole cache.
         def text(b, array_LBSX):
             new_TX = jax.lax.dynamic_index_in_dim(new_BTX, b, keepdims=False)

@@ -75,6 +75,7 @@ class Model(nnx.Module):
           hidden: also return every layer's hidden state.
           mtp: also return the logits of the MTP modules, and count their experts.
         """
+        check_tokens(tokens_BT, self.config)
         self = ready(self)
         x_BTD, aux = self.hidden(tokens_BT, segments_BT=segments_BT, every_layer=hidden)
         mtp_logits = None
@@ -97,6 +98,7 @@ class Model(nnx.Module):
         remat: str = "none",
     ) -> tuple[Float[Array, "B T D"], Aux]:
         """Hidden states after the final norm, in the precision of activations."""
+        check_tokens(tokens_BT, self.config)
         self, config = ready(self), self.config
         x_BTD = embed(tokens_BT, self.embed_VD[...], self.dtype)
         turns = rotations(positions(tokens_BT.shape[1]), config)
@@ -173,6 +175,32 @@ class Model(nnx.Module):
     def dtype(self) -> jax.typing.DTypeLike:
         """The dtype of activations."""
         return DTYPES[self.precision.activations]
+
+
+def check_tokens(tokens_BT: jax.Array, config: ModelConfig) -> None:
+    """Refuses tokens that a model of these sizes cannot read. Under jit their values are unknown.
+
+    Raises:
+      ValueError: they are not integers [B, T], more than the model's positions, or outside its
+        vocabulary.
+    """
+    if not isinstance(tokens_BT, jax.Array | np.ndarray):
+        raise ValueError(f"tokens must be an array, not a {type(tokens_BT).__name__}")
+    shape, dtype = tokens_BT.shape, tokens_BT.dtype
+    if len(shape) != 2 or not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"tokens of shape {shape} and dtype {dtype} must be integers [B, T]")
+    if shape[1] > config.max_length:
+        raise ValueError(
+            f"{shape[1]} tokens exceed max_length={config.max_length}: cut the text, or make a "
+            "configuration with more positions"
+        )
+    known = not isinstance(tokens_BT, jax.core.Tracer)
+    if not known or isinstance(tokens_BT, jax.Array) and not tokens_BT.is_fully_addressable:
+        return
+    ids_BT = np.asarray(tokens_BT)
+    outside = ids_BT[(ids_BT < 0) | (ids_BT >= config.vocab_size)]
+    if outside.size:
+        raise ValueError(f"token {outside[0]} is outside 0..{config.vocab_size - 1}")
 
 
 def ready(model: Model) -> Model:

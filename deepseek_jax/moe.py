@@ -24,7 +24,7 @@ from sharding import local
 from sharding.exchange import expert_device
 from sharding.expert_copies import copy_weights, deal, places_of
 from sharding.expert_parallel import dispatch_choices, plan_path
-from sharding.placement import is_split, tokens_are_split
+from sharding.placement import is_split, on_several_devices
 
 
 class Load(NamedTuple):
@@ -288,7 +288,7 @@ def read_from_stack(moe: MoE, stacked: MoE, layer: Int[Array, ""], num_tokens: i
     """Has few tokens read the experts of a layer in the stack of all layers, on a single CPU."""
     if not experts_in_place.are_blocks(num_tokens):
         return
-    if moe.place_EJ is not None or tokens_are_split():
+    if moe.place_EJ is not None or on_several_devices():
         return
     for name in ("w_gate_EFD", "w_up_EFD", "w_down_EDF"):
         stack = getattr(stacked, name).get_value()

@@ -20,9 +20,9 @@ from deepseek_jax.optimizer import adamw
 from sharding.placement import (
     Scheme,
     at_rest,
+    on_several_devices,
     store_shardings,
     stored,
-    tokens_are_split,
     under_mesh,
 )
 
@@ -258,7 +258,7 @@ def accumulate(
     count = tokens.shape[0]
     # Where devices share a weight its gradient is a sum over them, to which nothing may be added
     # on each of them.
-    fused = count > 1 and not tokens_are_split()
+    fused = count > 1 and not on_several_devices()
 
     def micro(targets, tokens_BS, segments_BS):
         model = join(run, with_targets(weights, targets, accumulate=fused), state.biases)

@@ -104,8 +104,8 @@ def is_split(x: jax.Array, letters: str, axis: str) -> bool:
     return mesh is not None and axis in _axes(spec(letters, x.shape, ACTIVATIONS, mesh.shape))
 
 
-def tokens_are_split() -> bool:
-    """Whether there are several devices: they have different tokens, and gradients are summed.
+def on_several_devices() -> bool:
+    """Whether the mesh has several devices: then tokens are split and gradients are sums over them.
 
     Those of the tensor axis have different parts of a sequence.
     """

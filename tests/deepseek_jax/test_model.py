@@ -241,3 +241,21 @@ def test_state_for_tests_has_the_shapes_of_a_state():
     expected = training.abstract_state(RUN)
     same = lambda a, b: a.shape == b.shape and a.dtype == b.dtype
     assert all(jax.tree.leaves(jax.tree.map(same, make_state(RUN), expected)))
+
+
+@pytest.mark.parametrize(
+    "tokens, words",
+    [
+        (np.zeros((1, 3)), "dtype float64 must be integers"),
+        (np.zeros(3, int), r"shape \(3,\)"),
+        (np.zeros((1, 65), int), "65 tokens exceed max_length=64"),
+        (np.array([[0, 104]]), r"token 104 is outside 0\.\.103"),
+        (jnp.array([[-1]]), "token -1"),
+        ([[0, 1]], "an array, not a list"),
+    ],
+)
+def test_tokens_that_a_model_cannot_read_are_named(tokens, words):
+    model = nnx.eval_shape(lambda: ds.Model(TINY, rngs=nnx.Rngs(0)))
+    for method in (model, model.hidden):
+        with pytest.raises(ValueError, match=words):
+            method(tokens)
