@@ -20,6 +20,7 @@ from deepseek_jax.model import Model, ready
 from deepseek_jax.rope import rotations
 from deepseek_jax.sampling import Sampling, draw, verify
 from pallas_kernels.mosaic import target
+from sharding.rules import letters_of
 
 
 @jax.tree_util.register_dataclass
@@ -60,7 +61,7 @@ def as_read(model: Model) -> Model:
 
     def read(path, value):
         name = path[-1].key
-        if len(name.rsplit("_", 1)[-1]) > 1 and name != "router_ED":
+        if len(letters_of(name)) > 1 and name != "router_ED":
             # Not a cast, which compilers may leave out where another follows it.
             value = jax.lax.reduce_precision(value, 8, 7)
             value = value if on_cpu else value.astype(jnp.bfloat16)

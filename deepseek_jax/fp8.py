@@ -31,9 +31,10 @@ from pallas_kernels.quantize_fp8 import (
 )
 from sharding import local
 from sharding.placement import shard_weight, stored_shape
+from sharding.rules import letters_of
 
 TILE = 128
-# Matrices that stay as they are, beside vectors.
+# Matrices that stay as they are, beside vectors: see `is_in_fp8`.
 KEPT = ("embed_VD", "head_VD", "router_ED")
 
 
@@ -166,13 +167,18 @@ def _pad_last(x: jax.Array, multiple: int) -> jax.Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % multiple)])
 
 
+def is_in_fp8(name: str) -> bool:
+    """Whether the recipe multiplies with the parameter of this name in FP8."""
+    return name not in KEPT and len(letters_of(name)) > 1
+
+
 def quantize_weights(params: Any, implementation: str | None = None) -> Any:
     """A tree of named parameters with every matrix of the recipe quantised."""
 
     def quantize(path, leaf):
         name = path[-1].key
-        letters = name.rsplit("_", 1)[-1]
-        if name in KEPT or len(letters) == 1:
+        letters = letters_of(name)
+        if not is_in_fp8(name):
             return leaf
         lead, outputs, _ = sides(letters)
         axes = leaf.ndim - len(letters)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.stored import may_be_stored
 from sharding.rules import letters_of
 
 # Ours, theirs. {l} counts layers, {e} experts; a line may hold for several stacks of layers.
@@ -56,8 +57,6 @@ MTP = (
 COPIES = {"embed_tokens.weight": "embed_VD", "shared_head.head.weight": "head_VD"}
 # What some files hold although it follows from config.json.
 COMPUTED = "model.layers.{l}.self_attn.rotary_emb.inv_freq"
-# Matrices that checkpoints in FP8 leave in BF16; so they do vectors.
-NOT_IN_FP8 = ("embed_VD", "head_VD", "router_ED", "w_join_DZ")
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Entry:
     @property
     def may_be_fp8(self) -> bool:
         """Whether released FP8 checkpoints keep this tensor in FP8 blocks."""
-        return len(self.shape) == 2 and self.array.rsplit(".", 1)[-1] not in NOT_IN_FP8
+        return may_be_stored(self.array.rpartition(".")[2])
 
 
 def sizes(config: ModelConfig, path: str) -> dict[str, int]:

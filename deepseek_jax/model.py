@@ -20,6 +20,7 @@ from deepseek_jax.stored import may_be_stored, store
 from sharding import shard
 from sharding.expert_copies import check_placement
 from sharding.placement import current_mesh, current_scheme
+from sharding.rules import letters_of
 
 
 @jax.tree_util.register_dataclass
@@ -252,7 +253,7 @@ def cast_weights(model: Model, format: str) -> None:
     for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         name = path[-1]
         if format == "fp8" and may_be_stored(name):
-            param.set_value(store(param[...], name.rsplit("_", 1)[-1], model.dtype))
+            param.set_value(store(param[...], letters_of(name), model.dtype))
         elif name != "router_ED":
             param.set_value(param[...].astype(DTYPES["bf16" if format == "fp8" else format]))
 

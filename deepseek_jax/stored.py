@@ -11,11 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.fp8 import KEPT, TILE, sides
+from deepseek_jax.fp8 import TILE, is_in_fp8, sides
 from pallas_kernels.rounding import to_fp8
-
-# Matrices of the model that released FP8 checkpoints keep in BF16.
-IN_BF16 = (*KEPT, "w_join_DZ")
 
 
 @jax.tree_util.register_dataclass
@@ -56,7 +53,7 @@ def is_stored(weight: Any) -> bool:
 
 def may_be_stored(name: str) -> bool:
     """Whether released FP8 checkpoints keep the parameter of a name in FP8."""
-    return name not in IN_BF16 and len(name.rsplit("_", 1)[-1]) > 1
+    return is_in_fp8(name) and name != "w_join_DZ"
 
 
 def store(master: jax.Array, letters: str, dtype: Any) -> StoredWeight:

@@ -17,6 +17,7 @@ from experiments.planning.decode import decode_rows
 from experiments.planning.memory import Memory, argument_bytes, memory, tile_bytes
 from experiments.planning.setup import Setup, mesh_name, mesh_of, setup
 from experiments.planning.targets import Target
+from experiments.provenance import code_and_day
 from experiments.recipes import recipe
 from experiments.tables import print_table, write_json
 from sharding.cost import Prediction
@@ -84,7 +85,7 @@ def plan(args: PlanArgs) -> None:
     for line in result["remarks"]:
         print(line)
     if args.json is not None:
-        write_json(args.json, {"recipe": args.recipe, **result})
+        write_json(args.json, {"recipe": args.recipe, **code_and_day(), **result})
 
 
 def run_of(args: PlanArgs) -> Run:

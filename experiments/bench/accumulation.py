@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench.kernel_data import F8, F32, for_jax, for_torch
-from experiments.bench.kernel_report import provenance, verdict
+from experiments.bench.kernel_report import verdict
 from experiments.bench.kernel_time import import_torch, require_gpu
+from experiments.provenance import provenance
 from experiments.study.accumulator import accumulate, operands
 from experiments.tables import plain, print_table, write_json
 from pallas_kernels.matmul_fp8 import matmul

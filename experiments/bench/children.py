@@ -59,8 +59,7 @@ def devices_of_host(limit: float = 60) -> Row:
 def devices_here() -> Row:
     """The same of this process."""
     first = jax.devices()[0]
-    return {"count": jax.device_count(), "kind": first.device_kind, "platform": first.platform,
-            "jax": jax.__version__}  # fmt: skip
+    return {"count": jax.device_count(), "kind": first.device_kind, "platform": first.platform}
 
 
 def several(processes: int, words: Sequence[str]) -> int:

@@ -15,9 +15,9 @@ from deepseek_jax.config import COMBINE, Run
 from deepseek_jax.experts import results_format
 from deepseek_jax.linear import DTYPES
 from deepseek_jax.training import TrainState, init_state
-from experiments.bench.kernel_report import provenance
 from experiments.data import TokenShards, prefetch, prepare
 from experiments.devices import Devices, MeshArgs, devices_of
+from experiments.provenance import provenance
 from experiments.recipes import recipe
 from experiments.tables import print_table, write_json
 from experiments.train import CompiledSteps, batch_source, make_batch, plan_batches

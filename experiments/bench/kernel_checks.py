@@ -4,7 +4,7 @@ import functools
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -80,10 +80,8 @@ def measured_products() -> Iterator[Verdict]:
     a, b = quantize_tiles(normal(1001, 2112)), quantize_blocks(normal(592, 2112, dtype=F32))
     right = values(a) @ block_values(b.codes, b.scale).T
     tables = (dense_tiles.TILES, grouped_tiles.TILES)
-    for tiles in {tiles for table in tables for tiles in table.values()}:
-        call = functools.partial(dense_fp8.matmul, tiles=tiles, cores=cores(), out_dtype=BF16)
-        found = poisoned(jax.jit(call), *a, b.codes, b.scale)
-        yield verdict(f"product, {tiles}: error", error(found, right), ROUNDED, most=True)
+    call = functools.partial(dense_fp8.matmul, cores=cores(), out_dtype=BF16)
+    yield from with_all_tiles("product", tables, right, ROUNDED, call, *a, b.codes, b.scale)
 
 
 def measured_gradients() -> Iterator[Verdict]:
@@ -92,10 +90,17 @@ def measured_gradients() -> Iterator[Verdict]:
     total = normal(2112, 592, dtype=F32)
     right = values(y) @ values(x).T + float64(total)
     tables = (dense_tiles.GRADIENT_TILES, grouped_tiles.GRADIENT_TILES)
+    call = functools.partial(dense_fp8.weight_gradient, cores=cores())
+    yield from with_all_tiles("weight gradient", tables, right, 2e-4, call, *y, *x, total)
+
+
+def with_all_tiles(
+    name: str, tables: Iterable[Mapping], right: np.ndarray, limit: float, call: Callable,
+    *operands: Any,
+) -> Iterator[Verdict]:  # fmt: skip
     for tiles in {tiles for table in tables for tiles in table.values()}:
-        call = functools.partial(dense_fp8.weight_gradient, tiles=tiles, cores=cores())
-        found = poisoned(jax.jit(call), *y, *x, total)
-        yield verdict(f"weight gradient, {tiles}: error", error(found, right), 2e-4, most=True)
+        found = poisoned(jax.jit(functools.partial(call, tiles=tiles)), *operands)
+        yield verdict(f"{name}, {tiles}: error", error(found, right), limit, most=True)
 
 
 def errors(data: str, k: int) -> Iterator[Verdict]:

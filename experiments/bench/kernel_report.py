@@ -1,8 +1,6 @@
 """What kernel benchmarks leave behind: a table, verdicts, a roofline picture, and JSON."""
 
-import datetime
 import math
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +8,9 @@ from typing import Any
 import jax
 
 from experiments.plots import logarithmic, new_figure, svg
+from experiments.provenance import provenance
 from experiments.tables import plain, print_table, write_json
 from sharding.hardware import ACCELERATORS
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -31,26 +28,6 @@ def figures(work: Mapping[str, float], microseconds: float) -> dict[str, float]:
     """TFLOP/s and GB/s of work (flops, bytes) that took so long."""
     found = {"us": microseconds, "GB/s": work["bytes"] / microseconds / 1e3}
     return found | ({"TFLOP/s": work["flops"] / microseconds / 1e6} if work["flops"] else {})
-
-
-def commit() -> str | None:
-    """The commit of the code that runs, where it is a clone."""
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10)
-        return found.stdout.strip() or None
-    except OSError:
-        return None
-
-
-def provenance() -> dict[str, Any]:
-    """Which card, code and day the figures are of."""
-    return {
-        "card": jax.devices()[0].device_kind,
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
-        "jax": jax.__version__,
-    }
 
 
 def report(

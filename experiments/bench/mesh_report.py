@@ -1,17 +1,17 @@
 """What `bench mesh` leaves behind: rows, verdicts on them, a picture."""
 
-import datetime
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from experiments.bench.kernel_report import commit, verdict
+from experiments.bench.kernel_report import verdict
 from experiments.bench.mesh_cases import GIB, Case
 from experiments.planning.measure import spearman
 from experiments.planning.setup import mesh_name
 from experiments.plots import new_figure, svg
+from experiments.provenance import code_and_day
 from experiments.tables import print_table
 
 # Tokens/s of a device over those of one alone, at least: by precision and mesh.
@@ -150,8 +150,7 @@ def ranked_rows(rows: Sequence[Row]) -> list[Row]:
 
 def origin(host: Mapping[str, Any]) -> Row:
     """Which cards, code and day the figures are of."""
-    return {"card": f"{host['count']} x {host['kind']}", "commit": commit(), "jax": host["jax"],
-            "date": datetime.date.today().isoformat()}  # fmt: skip
+    return {"card": f"{host['count']} x {host['kind']}", **code_and_day()}
 
 
 def show(report: Row) -> None:

@@ -18,7 +18,6 @@ import tyro
 from deepseek_jax.config import ModelConfig, Run
 from deepseek_jax.residual import rounded
 from deepseek_jax.training import join
-from experiments.bench.kernel_report import provenance
 from experiments.bench.pieces import (
     Curves,
     PieceArgs,
@@ -31,6 +30,7 @@ from experiments.bench.pieces import (
     piece_row,
     short_run,
 )
+from experiments.provenance import provenance
 from experiments.recipes import recipe
 from experiments.tables import print_table, write_json
 

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from experiments.bench.kernel_report import ROOT, provenance
 from experiments.bench.kernel_run import Case, calls_of, default_jobs, use_cache
 from experiments.bench.kernel_time import Timer, require_gpu
 from experiments.bench.tune_choices import CHOICES, Choice, Tiles
+from experiments.provenance import ROOT, provenance
 from experiments.tables import print_table
 
 # What a new choice must gain to replace the present one.

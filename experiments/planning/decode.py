@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deepseek_jax.config import Run
+from deepseek_jax.fp8 import is_in_fp8
 from experiments.planning.choose import REACHED
 from experiments.planning.setup import divisors, mesh_name, refusal
 from experiments.planning.traffic import token_bytes
@@ -29,8 +30,7 @@ def decode_mesh(run: Run, cluster: Cluster) -> dict[str, int]:
 
 def weight_bytes(weight: Weight, run: Run) -> float:
     """Bytes of a weight's element: FP8 codes and scales of blocks where the recipe has them."""
-    kept = weight.leaf in ("embed_VD", "head_VD", "router_ED") or len(weight.letters) == 1
-    if run.precision.matmul == "fp8" and not kept:
+    if run.precision.matmul == "fp8" and is_in_fp8(weight.leaf):
         return 1 + 4 / 128**2
     return 4 if run.precision.activations == "fp32" or weight.leaf == "router_ED" else 2
 

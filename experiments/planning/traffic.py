@@ -3,7 +3,7 @@
 import math
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.fp8 import TILE, falls_on_blocks
+from deepseek_jax.fp8 import TILE, falls_on_blocks, is_in_fp8
 from experiments.planning.setup import Setup
 from experiments.planning.weights import TABLES, Weight, code_axes, shards, weights
 from sharding.cost import Transfer
@@ -51,7 +51,7 @@ def gathers(weight: Weight, setup: Setup) -> list[tuple[float, int, tuple[str, .
     often, own = setup.accumulation if setup.scheme.zero == 3 else 1, weight.gathered
     if weight.leaf in TABLES:
         return [(4, often, own)]
-    if setup.is_fp8 and weight.is_matrix and weight.leaf != "router_ED":
+    if setup.is_fp8 and is_in_fp8(weight.leaf):
         shape = weight.shape[-len(weight.letters) :]
         in_place = falls_on_blocks(weight.letters, shape, setup.mesh)
         masters = [] if in_place else [(4, 1, own)]

@@ -4,6 +4,7 @@ import math
 
 import jax.numpy as jnp
 
+from deepseek_jax.fp8 import is_in_fp8
 from deepseek_jax.linear import DTYPES
 from deepseek_jax.loss import CHUNK_ELEMENTS
 from deepseek_jax.moe import row_alignment
@@ -141,7 +142,7 @@ def state_work(setup: Setup) -> list[Work]:
         held, used = w.size / shards(w.stored, mesh), w.size / shards(w.computed, mesh)
         gathered = used if w.gathered else 0.0
         if w.is_matrix and w.leaf not in TABLES:
-            if setup.is_fp8 and w.leaf != "router_ED":
+            if setup.is_fp8 and is_in_fp8(w.leaf):
                 cast += held * (4 + 2) + gathered * 2 * (count if setup.scheme.zero == 3 else 1)
             elif setup.scheme.zero == 3:
                 cast += 2 * count * (held * (4 + size) + gathered * size)

@@ -114,3 +114,19 @@ def assert_same_run(run: Path, expected: Path, *, steps: int = STEPS) -> None:
         ):
             where = f"{field.name}{jax.tree_util.keystr(path)}"
             assert a.dtype == b.dtype and a.tobytes() == b.tobytes(), where
+
+
+def refused(code: int, err: str, *parts: str) -> None:
+    """Holds an error against what it must say."""
+    assert code == 2
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    assert "Traceback" not in err and "DEEPSEEK_JAX_TRACEBACK" not in err, err
+    for part in parts:
+        assert part in err
+
+
+def nothing_whole(run) -> None:
+    """Nothing there that eval, sample, --resume or a reader would take for a run."""
+    for name in ("config.json", "metrics.jsonl", "summary.json", "report.html"):
+        assert not (run / name).exists()
+    assert not list(run.glob("checkpoints/*")) and not list(run.glob("**/.*partial*"))

@@ -24,7 +24,7 @@ ARGS = BenchDispatchArgs()
 
 @pytest.fixture
 def two_gpus(monkeypatch):
-    host = {"count": 2, "kind": "NVIDIA H200", "platform": "gpu", "jax": "0"}
+    host = {"count": 2, "kind": "NVIDIA H200", "platform": "gpu"}
     monkeypatch.setattr(dispatch, "devices_of_host", lambda: dict(host))
     monkeypatch.setattr(dispatch, "exchange_times", lambda *_, **__: {})
     return host

@@ -36,7 +36,7 @@ def cases_of(run, where, words, **more):
 @pytest.fixture
 def two_gpus(monkeypatch):
     """A host that says it has two cards, of which nothing is asked."""
-    host = {"count": 2, "kind": "NVIDIA H100 80GB HBM3", "platform": "gpu", "jax": "0"}
+    host = {"count": 2, "kind": "NVIDIA H100 80GB HBM3", "platform": "gpu"}
     monkeypatch.setattr(mesh, "devices_of_host", lambda: dict(host))
     return host
 
@@ -325,7 +325,7 @@ def test_processes_compile_wait_and_run_on_this_host():
 def test_bench_mesh_runs_from_the_command_line_to_its_files(monkeypatch, tmp_path):
     """With what compiles and measures replaced: what lies between is under test."""
     monkeypatch.setattr(mesh, "devices_of_host", lambda: {
-        "count": 2, "kind": "NVIDIA H100", "platform": "gpu", "jax": "0"})
+        "count": 2, "kind": "NVIDIA H100", "platform": "gpu"})
     written = []
 
     def run_all(cases, *_, found, **__):

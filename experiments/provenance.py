@@ -1,0 +1,34 @@
+"""Of which code, card and day figures are."""
+
+import datetime
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def commit() -> str | None:
+    """The commit of the code that runs, where it is a clone."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        return found.stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def code_and_day() -> dict[str, Any]:
+    """Of figures that no device was needed for."""
+    return {
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+        "jax": jax.__version__,
+    }
+
+
+def provenance() -> dict[str, Any]:
+    """Of figures measured on the first device of this process."""
+    return {"card": jax.devices()[0].device_kind, **code_and_day()}
