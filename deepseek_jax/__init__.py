@@ -4,8 +4,9 @@ The alphabet of array names, one capital letter for each dimension:
 B batch, T query position (tokens; B folded in where B is absent), S key position, D model,
 V vocabulary, F ffn hidden, L stacked layers, N heads, H content head, R rotary head, A = H + R,
 U value head, X = H + U, Q query latent, C kv latent, Y = C + R, Z = 2 D, E experts, G expert
-groups, K experts per token, M rows of experts' matrices. A lower-case letter is that dimension in
-parts: t a chunk of T, r pairs of R.
+groups, K experts per token, M rows of experts' matrices, J choices of tokens or places of experts,
+P drafted tokens, W positions looked at together. A lower-case letter is that dimension in parts:
+t a chunk of T, r pairs of R.
 """
 
 from deepseek_jax import configs

@@ -20,7 +20,7 @@ from deepseek_jax.model import Model, ready
 from deepseek_jax.rope import rotations
 from deepseek_jax.sampling import Sampling, draw, verify
 from pallas_kernels.mosaic import target
-from sharding.rules import letters_of
+from sharding.rules import is_router, letters_of
 
 
 @jax.tree_util.register_dataclass
@@ -61,7 +61,7 @@ def as_read(model: Model) -> Model:
 
     def read(path, value):
         name = path[-1].key
-        if len(letters_of(name)) > 1 and name != "router_ED":
+        if len(letters_of(name)) > 1 and not is_router(name):
             # Not a cast, which compilers may leave out where another follows it.
             value = jax.lax.reduce_precision(value, 8, 7)
             value = value if on_cpu else value.astype(jnp.bfloat16)
@@ -140,24 +140,24 @@ def plain_step(model: Model, state: Decoding, sampling: Sampling, stop_N: jax.Ar
 
 def drafted_step(model: Model, state: Decoding, sampling: Sampling, stop_N: jax.Array) -> Decoding:
     """Drafts tokens with the MTP modules and has the main model verify them in one pass."""
-    ahead, draft_logits_BDV, draft_BD, lost = draft_tokens(
+    ahead, draft_logits_BPV, draft_BP, lost = draft_tokens(
         model, state.ahead, state.tokens_BS, state.length_B, sampling, state.key
     )
     state = replace(state, ahead=ahead, lost=state.lost + lost)
-    return verified_step(model, state, draft_logits_BDV, draft_BD, sampling, stop_N)
+    return verified_step(model, state, draft_logits_BPV, draft_BP, sampling, stop_N)
 
 
 def verified_step(
-    model: Model, state: Decoding, draft_logits_BDV, draft_BD, sampling: Sampling, stop_N: jax.Array
+    model: Model, state: Decoding, draft_logits_BPV, draft_BP, sampling: Sampling, stop_N: jax.Array
 ) -> Decoding:
     """Reads the last known token of each text and the drafts after it, and keeps what holds."""
     start_B = state.length_B - 1
     last_B1 = window(state.tokens_BS, start_B, 1)
     hidden_BWD, cache, lost = decode(
-        model, jnp.concatenate((last_B1, draft_BD), axis=1), state.cache, start_B
+        model, jnp.concatenate((last_B1, draft_BP), axis=1), state.cache, start_B
     )
     new_BW, accepted_B = verify(
-        model.head(hidden_BWD), draft_logits_BDV, draft_BD, sampling, state.key, state.length_B
+        model.head(hidden_BWD), draft_logits_BPV, draft_BP, sampling, state.key, state.length_B
     )
     ahead = next_ahead(state.ahead, hidden_BWD, start_B)
     state = replace(state, cache=cache, ahead=ahead, lost=state.lost + lost)

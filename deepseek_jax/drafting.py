@@ -3,8 +3,8 @@
 Module k reads, at position i, the hidden state of module k - 1 (of the main model for k = 1) and
 the embedding of token i + k, and predicts token i + k + 1 (V3 report, section 2.2). At the last
 position that the main model has read, token i + 1 is known and the modules propose, one after the
-other, D tokens after it. A module has read some positions with drafts for tokens; those are read
-again, so every step runs each module over 2 D positions: those whose tokens were not all known.
+other, P tokens after it. A module has read some positions with drafts for tokens; those are read
+again, so every step runs each module over 2 P positions: those whose tokens were not all known.
 """
 
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ class Ahead:
     """What the MTP modules have of the texts."""
 
     cache: LatentCache  # a layer for each depth
-    hidden_BWD: Float[Array, "B W D"]  # the main model's, at W = 2 D positions from start_B on
+    hidden_BWD: Float[Array, "B W D"]  # the main model's, at W = 2 P positions from start_B on
     start_B: Int[Array, " B"]
 
 
@@ -81,7 +81,7 @@ def read_ahead(
 
 def draft_tokens(
     model: Model, ahead: Ahead, tokens_BS, length_B, sampling: Sampling, key
-) -> tuple[Ahead, Float[Array, "B D V"], Int[Array, "B D"], Int[Array, ""]]:
+) -> tuple[Ahead, Float[Array, "B P V"], Int[Array, "B P"], Int[Array, ""]]:
     """Tokens proposed after the last known one, with the logits that they were drawn from."""
     depths, W = model.config.num_mtp, ahead.hidden_BWD.shape[1]
     # The main model has read all but the last known token.
@@ -109,7 +109,7 @@ def next_ahead(ahead: Ahead, hidden_BTD: Float[Array, "B T D"], position_B) -> A
 
     Args:
       hidden_BTD: the main model's at the last known token, which stands at `position_B`, and at
-        the D drafts after it.
+        the P drafts after it.
     """
     B, W, D = ahead.hidden_BWD.shape
     depths = hidden_BTD.shape[1] - 1

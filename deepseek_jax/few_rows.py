@@ -118,7 +118,7 @@ def is_summed(signature: str, x: jax.Array, weight: jax.Array) -> bool:
     whole = bool(summed) and right.endswith(summed) and left.endswith(summed)
     # Each row reads the weight: the rows after the first from a cache on the device.
     most = 1 if weight.nbytes > CACHED_BYTES else MOST_SUMMED
-    return whole and rows <= most and target().platform != "cpu"
+    return whole and 0 < rows <= most and target().platform != "cpu"
 
 
 def sums(signature: str, x: jax.Array | Scaled, weight: jax.Array) -> jax.Array:

@@ -31,11 +31,11 @@ from pallas_kernels.quantize_fp8 import (
 )
 from sharding import local
 from sharding.placement import shard_weight, stored_shape
-from sharding.rules import letters_of
+from sharding.rules import is_router, letters_of
 
 TILE = 128
-# Matrices that stay as they are, beside vectors: see `is_in_fp8`.
-KEPT = ("embed_VD", "head_VD", "router_ED")
+# Matrices that stay as they are, beside vectors and routers: see `is_in_fp8`.
+KEPT = ("embed_VD", "head_VD")
 
 
 @jax.tree_util.register_dataclass
@@ -169,7 +169,7 @@ def _pad_last(x: jax.Array, multiple: int) -> jax.Array:
 
 def is_in_fp8(name: str) -> bool:
     """Whether the recipe multiplies with the parameter of this name in FP8."""
-    return name not in KEPT and len(letters_of(name)) > 1
+    return len(letters_of(name)) > 1 and name not in KEPT and not is_router(name)
 
 
 def quantize_weights(params: Any, implementation: str | None = None) -> Any:

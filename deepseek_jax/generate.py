@@ -29,7 +29,7 @@ from deepseek_jax.latent_cache import empty_cache
 from deepseek_jax.model import Model
 from deepseek_jax.sampling import Sampling
 from pallas_kernels.mosaic import target
-from sharding.placement import current_mesh, under_mesh
+from sharding.placement import current_mesh, current_scheme, scope, under_mesh
 from sharding.rules import ACTIVATIONS, letters_of, spec
 
 # With its last two names, which are no default, XLA makes one CUDA graph of all steps: after each
@@ -97,25 +97,32 @@ def _begin(shape, config, format, draft, dtype, mesh) -> Callable[..., Decoding]
     return jax.jit(make, out_shardings=jax.tree_util.tree_map_with_path(where, state))
 
 
-@functools.partial(jax.jit, static_argnames="mesh", donate_argnames="state")
-def _prefill(model, state, begin, *, mesh):
-    return under_mesh(prefill, mesh)(model, state, begin)
+# The scheme is no part of what JAX tells traces apart by, so they are told apart by it here.
+_program = functools.partial(jax.jit, static_argnames=("mesh", "scheme"))
+_step = functools.partial(_program, donate_argnames="state")
 
 
-def _run_steps(model, state, sampling, stop_N, steps, *, mesh):
-    state = under_mesh(advance, mesh)(model, state, sampling, stop_N, steps)
+@_step
+def _prefill(model, state, begin, *, mesh, scheme):
+    with scope(mesh, scheme):
+        return prefill(model, state, begin)
+
+
+def _run_steps(model, state, sampling, stop_N, steps, *, mesh, scheme):
+    with scope(mesh, scheme):
+        state = advance(model, state, sampling, stop_N, steps)
     # Copies, so that the state can be donated before they are fetched.
     return state, tuple(map(jnp.copy, (state.tokens_BS, state.length_B, state.done_B)))
 
 
-_program = functools.partial(jax.jit, static_argnames="mesh", donate_argnames="state")
-_advance = _program(_run_steps)
-_advance_in_one_graph = _program(_run_steps, compiler_options=ONE_GRAPH)
+_advance = _step(_run_steps)
+_advance_in_one_graph = _step(_run_steps, compiler_options=ONE_GRAPH)
 
 
-@functools.partial(jax.jit, static_argnames="mesh")
-def _as_read(model, *, mesh):
-    return under_mesh(as_read, mesh)(model)
+@_program
+def _as_read(model, *, mesh, scheme):
+    with scope(mesh, scheme):
+        return as_read(model)
 
 
 def capacity_of(num_tokens: int) -> int:
@@ -149,8 +156,9 @@ def generate(
       temperature: 0 takes the most likely token; above 0 a `key` is needed.
       stop: tokens after which a text ends; the rest of its row is `pad`.
       draft: have the MTP modules propose tokens and the model verify them: what is generated, or
-        how it is distributed, stays the same.
-      cache_format: "bf16", "fp8" (tiles) or "fp32"; by default that of activations.
+        how it is distributed, stays the same. (In BF16 one position and two may be rounded unlike,
+        and then the likelier of two nearly equal tokens may change.)
+      cache_format: "bf16", "fp8" (tiles) or "fp32"; by default that of activations, on a CPU FP32.
 
     Raises:
       ValueError: a prompt, a length, a token or a rule of drawing that cannot be followed.
@@ -170,15 +178,23 @@ def generate_with_report(model: Model, prompt_BT, **options) -> tuple[np.ndarray
 
 
 class Stream:
-    """As `generate`, but an iterator of int32 [B]: the next token of each text as it is known.
+    """As `generate`, but int32 [B] at a time: the next token of each text as it is known.
 
-    Ends when all texts have ended; raises, like `generate`, when it is made.
+    To be iterated over once. Ends when all texts have ended; raises, like `generate`, when it is
+    made.
     """
 
     def __init__(self, model: Model, prompt_BT, **options):
         self._text = Text(model, prompt_BT, **options)
+        self._tokens = self._all()
 
     def __iter__(self) -> Iterator[np.ndarray]:
+        return self
+
+    def __next__(self) -> np.ndarray:
+        return next(self._tokens)
+
+    def _all(self) -> Iterator[np.ndarray]:
         text, shown = self._text, 0
         while True:
             tokens_BS, length_B, done_B = text.advance(1)
@@ -206,18 +222,20 @@ class Text:
     ):  # fmt: skip
         config = model.config
         prompt_BT, self.lengths_B = check_prompt(
-            config, prompt_BT, lengths_B, max_new_tokens, stop
+            config, prompt_BT, lengths_B, max_new_tokens, stop, pad
         )
+        max_new_tokens = int(max_new_tokens)
         if temperature > 0.0 and key is None:
             raise ValueError(f"{temperature=} draws at random: pass key=jax.random.key(seed)")
         if draft and not config.num_mtp:
             raise ValueError("draft=True needs a model with MTP modules: this one has num_mtp=0")
         self._sampling = Sampling.of(temperature, top_k, top_p, min_p)
         mesh = mesh_of(model)
-        # Inside a scope the mesh and its use are given.
-        self._mesh = None if current_mesh() is not None else mesh
+        # Inside a scope the mesh is given.
+        given = None if current_mesh() is not None else mesh
+        self._where = {"mesh": given, "scheme": current_scheme()}
         if not under_mesh(is_as_read, mesh)(model.precision):
-            model = _as_read(model, mesh=self._mesh)
+            model = _as_read(model, **self._where)
         self.model = model  # as the products read it
         # No token is -1: so few programs serve any number of stop tokens.
         self.stop_N = np.full((-(-max(len(stop), 1) // 8) * 8,), -1, np.int32)
@@ -242,12 +260,12 @@ class Text:
             self._cache_bytes += self.state.ahead.cache.num_bytes
         # The last token of a prompt is read by the first step.
         for begin in range(0, longest - 1, chunk_width(capacity)):
-            self.state = _prefill(model, self.state, np.int32(begin), mesh=self._mesh)
+            self.state = _prefill(model, self.state, np.int32(begin), **self._where)
 
     def advance(self, steps: int = ALL_STEPS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens, lengths and which texts are done after up to so many steps."""
         self.state, seen = self._advance(
-            self.model, self.state, self._sampling, self.stop_N, np.int32(steps), mesh=self._mesh
+            self.model, self.state, self._sampling, self.stop_N, np.int32(steps), **self._where
         )
         lost = int(self.state.lost)
         if lost:
@@ -283,7 +301,7 @@ def mesh_of(model: Model) -> jax.sharding.Mesh | None:
 
 
 def check_prompt(
-    config: ModelConfig, prompt_BT, lengths_B, max_new_tokens: int, stop: Sequence[int]
+    config: ModelConfig, prompt_BT, lengths_B, max_new_tokens: int, stop: Sequence[int], pad: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Prompts with 0 after their ends, and their lengths; a ValueError where there is an error."""
     prompt_BT = np.asarray(prompt_BT)
@@ -292,6 +310,11 @@ def check_prompt(
     if not np.issubdtype(prompt_BT.dtype, np.integer):
         raise ValueError(f"prompt of dtype {prompt_BT.dtype} must hold whole numbers")
     B, T = prompt_BT.shape
+    whole = [max_new_tokens, pad, *(stop if np.iterable(stop) else [stop])]
+    if not all(isinstance(n, int | np.integer) and abs(int(n)) < 2**31 for n in whole):
+        raise ValueError(f"{max_new_tokens=}, {pad=} and {stop=} must be whole numbers of 32 bits")
+    if not np.iterable(stop):
+        raise ValueError(f"{stop=} must be a list of tokens: [{stop}]")
     lengths_B = np.full((B,), T) if lengths_B is None else np.asarray(lengths_B)
     if lengths_B.shape != (B,) or not ((lengths_B >= 1) & (lengths_B <= T)).all():
         raise ValueError(f"lengths_B={lengths_B.tolist()} must be {B} numbers from 1 to {T}")

@@ -20,7 +20,7 @@ from deepseek_jax.stored import may_be_stored, store
 from sharding import shard
 from sharding.expert_copies import check_placement
 from sharding.placement import current_mesh, current_scheme
-from sharding.rules import letters_of
+from sharding.rules import is_router, letters_of
 
 
 @jax.tree_util.register_dataclass
@@ -84,7 +84,7 @@ class Model(nnx.Module):
             depths, load = self.predict_ahead(x_BTD, tokens_BT, segments_BT=segments_BT)
             T = tokens_BT.shape[1]
             mtp_logits = tuple(
-                self.head(h_BTD[:, : T - k]) for k, h_BTD in enumerate(depths, start=1)
+                self.head(h_BTD[:, : max(T - k, 0)]) for k, h_BTD in enumerate(depths, start=1)
             )
             aux = with_load(aux, load)
         return self.head(x_BTD), replace(aux, mtp_logits=mtp_logits)
@@ -254,7 +254,7 @@ def cast_weights(model: Model, format: str) -> None:
         name = path[-1]
         if format == "fp8" and may_be_stored(name):
             param.set_value(store(param[...], letters_of(name), model.dtype))
-        elif name != "router_ED":
+        elif not is_router(name):
             param.set_value(param[...].astype(DTYPES["bf16" if format == "fp8" else format]))
 
 

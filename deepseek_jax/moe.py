@@ -175,7 +175,7 @@ def limit_groups(biased_BTE: Float[Array, "B T E"], config: ModelConfig) -> jax.
 
     A group counts by the sum of its two best biased scores in V3, by its best score in V2.
     """
-    G, M = config.num_groups, config.groups_per_token
+    G = config.num_groups
     grouped = biased_BTE.reshape(*biased_BTE.shape[:-1], G, config.experts_per_group)
     # Without reductions, each of which would be a kernel of its own: experts and groups are few.
     best, second = grouped[..., 0], jnp.full_like(grouped[..., 0], -jnp.inf)
@@ -189,7 +189,7 @@ def limit_groups(biased_BTE: Float[Array, "B T E"], config: ModelConfig) -> jax.
         other = group_BTG[..., g : g + 1]
         wins = (other > group_BTG) | ((other == group_BTG) & (g < ids_G))
         ahead_BTG = ahead_BTG + wins.astype(jnp.int32)
-    kept_BTG = ahead_BTG < M
+    kept_BTG = ahead_BTG < config.groups_per_token
     return jnp.where(kept_BTG[..., None], grouped, -jnp.inf).reshape(biased_BTE.shape)
 
 

@@ -94,39 +94,39 @@ def draw(
 
 def verify(
     logits_BWV: Float[Array, "B W V"],
-    draft_logits_BDV: Float[Array, "B D V"],
-    draft_BD: Int[Array, "B D"],
+    draft_logits_BPV: Float[Array, "B P V"],
+    draft_BP: Int[Array, "B P"],
     sampling: Sampling,
     key: jax.Array,
     position_B: Int[Array, " B"],
 ) -> tuple[Int[Array, "B W"], Int[Array, " B"]]:
-    """Tokens of positions position_B on, and how many drafts were accepted (W = D + 1).
+    """Tokens of positions position_B on, and how many drafts were accepted (W = P + 1).
 
     A draft d of distribution q is accepted with probability min(1, p(d) / q(d)), p being the main
     model's; the first one rejected is drawn again from max(p - q, 0), so that tokens are
     distributed by p exactly. The token after the accepted ones is the last that counts.
     """
-    D = draft_BD.shape[1]
+    P = draft_BP.shape[1]
     if sampling.temperature is None:
         best_BW = jnp.argmax(logits_BWV, axis=-1).astype(jnp.int32)
-        accepted_B = leading(best_BW[:, :D] == draft_BD)
+        accepted_B = leading(best_BW[:, :P] == draft_BP)
         return best_BW, accepted_B
     p_BWV = jnp.exp(log_probabilities(logits_BWV, sampling))
-    q_BDV = jnp.exp(log_probabilities(draft_logits_BDV, sampling))
-    taken = lambda x: jnp.take_along_axis(x, draft_BD[:, :, None], axis=-1)[..., 0]
-    uniform_BD = jnp.stack(
-        [jax.vmap(jax.random.uniform)(row_keys(key, position_B + d, 1)) for d in range(D)], axis=1
+    q_BPV = jnp.exp(log_probabilities(draft_logits_BPV, sampling))
+    taken = lambda x: jnp.take_along_axis(x, draft_BP[:, :, None], axis=-1)[..., 0]
+    uniform_BP = jnp.stack(
+        [jax.vmap(jax.random.uniform)(row_keys(key, position_B + d, 1)) for d in range(P)], axis=1
     )
-    accepted_B = leading(uniform_BD * taken(q_BDV) < taken(p_BWV[:, :D]))
+    accepted_B = leading(uniform_BP * taken(q_BPV) < taken(p_BWV[:, :P]))
     # Past the last draft nothing was proposed: q is 0 and the rest is p.
-    q_BWV = jnp.pad(q_BDV, ((0, 0), (0, 1), (0, 0)))
+    q_BWV = jnp.pad(q_BPV, ((0, 0), (0, 1), (0, 0)))
     at = lambda x: jnp.take_along_axis(x, accepted_B[:, None, None], axis=1)[:, 0]
     p_BV = at(p_BWV)
     rest_BV = residual(p_BV, at(q_BWV))
     keys_B = row_keys(key, position_B + accepted_B, 2)
     last_B = jax.vmap(jax.random.categorical)(keys_B, jnp.log(rest_BV)).astype(jnp.int32)
-    slots_W = jnp.arange(D + 1, dtype=jnp.int32)[None, :]
-    drafts_BW = jnp.pad(draft_BD, ((0, 0), (0, 1)))
+    slots_W = jnp.arange(P + 1, dtype=jnp.int32)[None, :]
+    drafts_BW = jnp.pad(draft_BP, ((0, 0), (0, 1)))
     return jnp.where(slots_W == accepted_B[:, None], last_B[:, None], drafts_BW), accepted_B
 
 
@@ -136,6 +136,6 @@ def residual(p_BV: jax.Array, q_BV: jax.Array) -> jax.Array:
     return jnp.where(jnp.sum(rest_BV, axis=-1, keepdims=True) > 0.0, rest_BV, p_BV)
 
 
-def leading(true_BD: Bool[Array, "B D"]) -> Int[Array, " B"]:
+def leading(true_BP: Bool[Array, "B P"]) -> Int[Array, " B"]:
     """How many entries of each row are True before the first that is not."""
-    return jnp.sum(jnp.cumprod(true_BD.astype(jnp.int32), axis=1), axis=1)
+    return jnp.sum(jnp.cumprod(true_BP.astype(jnp.int32), axis=1), axis=1)

@@ -5,7 +5,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -49,6 +49,10 @@ class Devices(NamedTuple):
     def scope(self):
         """Programs traced inside run on the mesh."""
         return scope(self.mesh, self.scheme)
+
+    def for_any_load(self) -> "Devices":
+        """The same with buffers of dispatch that nothing overflows, for what is not run again."""
+        return self._replace(scheme=replace(self.scheme, room=None))
 
     def __str__(self) -> str:
         first = jax.devices()[0]

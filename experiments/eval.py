@@ -1,6 +1,7 @@
 """`eval`: how well a trained model predicts text, in bits per byte with every byte scored."""
 
 import contextlib
+import functools
 import gzip
 import lzma
 import math
@@ -33,6 +34,7 @@ from experiments.data import (
 from experiments.devices import MeshArgs, devices_of
 from experiments.run_directory import RunDirectory
 from experiments.tables import print_table
+from sharding.placement import Scheme, current_scheme, scope
 
 
 @dataclass(frozen=True)
@@ -152,11 +154,17 @@ def score(
     }
 
 
-@jax.jit
 def summed_loss(model: Model, tokens_BS, mask_BT, segments_BS=None) -> jax.Array:
     """Sum of -log p over the targets where the mask is True, nats."""
+    return _summed_loss(model, tokens_BS, mask_BT, segments_BS, scheme=current_scheme())
+
+
+# The scheme is no part of what JAX tells traces apart by.
+@functools.partial(jax.jit, static_argnames="scheme")
+def _summed_loss(model, tokens_BS, mask_BT, segments_BS, *, scheme: Scheme) -> jax.Array:
     segments_BT = None if segments_BS is None else segments_BS[:, :-1]
-    hidden_BTD, _ = model.hidden(tokens_BS[:, :-1], segments_BT=segments_BT)
+    with scope(None, scheme):
+        hidden_BTD, _ = model.hidden(tokens_BS[:, :-1], segments_BT=segments_BT)
     weight_BT = mask_BT.astype(jnp.float32)
     return cross_entropy(hidden_BTD, model.head_VD[...], tokens_BS[:, 1:], weight_BT)
 

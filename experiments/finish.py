@@ -87,7 +87,7 @@ def sample_prompt(shards: TokenShards, tokenizer: Tokenizer) -> str:
 
 def continue_text(run: Run, state: TrainState, tokenizer, prompt: str, *, seed: int) -> str:
     """A continuation of the prompt, drawn at temperature 0.7, up to the end of the document."""
-    tokens = tokenizer.encode(prompt)[-(run.seq_len // 2) :]
+    tokens = tokenizer.encode(prompt)[-max(run.seq_len // 2, 1) :]
     if not len(tokens):
         tokens = np.asarray([tokenizer.eos])
     new = []

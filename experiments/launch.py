@@ -179,7 +179,7 @@ def train_on(
         if processes.is_first():
             write_report_if_possible(directory)
         raise SystemExit(128 + stopped.signum) from None
-    with devices.scope():
+    with devices.for_any_load().scope():
         finish(run, directory, shards, state, args.json)
 
 

@@ -101,6 +101,8 @@ def chosen_setup(args: PlanArgs, run: Run, where: Cluster) -> Setup:
     if args.zero not in (1, 3):
         raise ValueError(f"--zero {args.zero} must be 1 or 3")
     if args.mesh is None:
+        if args.zero == 1:
+            raise ValueError("--zero 1 needs --mesh: the best mesh is looked for with zero 3")
         return best_setup(run, where, sequences=args.sequences, remat=args.remat)
     mesh = mesh_of(args.mesh, where.devices)
     return setup(run, where, mesh, sequences=args.sequences, remat=args.remat, zero=args.zero)
@@ -175,11 +177,13 @@ def memory_rows(chosen: Setup, held: Memory, found: Compiled | None) -> list[dic
         "parameters": "parameters (FP32)",
         "optimizer": "optimizer (moments)",
         "gradients": "gradients (FP32)",
+        "gathered": "weights gathered for the step",
         "kept": "activations kept, about",
         "working": "the largest layer at work, about",
     }
     rows = [{"what": label, "bytes": int(getattr(held, name)),
-             "GiB": getattr(held, name) / GIB} for name, label in names.items()]  # fmt: skip
+             "GiB": getattr(held, name) / GIB}
+            for name, label in names.items() if name != "gathered" or held.gathered]  # fmt: skip
     rows.append({"what": "together, about", "bytes": int(held.total), "GiB": held.total / GIB})
     if found is not None and found.refused is None:
         handed = [("state and batch", argument_bytes(chosen))]

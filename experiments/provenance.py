@@ -11,8 +11,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def commit() -> str | None:
-    """The commit of the code that runs, where it is a clone."""
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    """The commit of the code that runs, where it is a clone; "-dirty" where files were changed."""
+    if not (ROOT / ".git").exists():
+        return None
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=10)
         return found.stdout.strip() or None

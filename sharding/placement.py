@@ -63,7 +63,10 @@ def current_mesh() -> AbstractMesh | None:
 
 @contextlib.contextmanager
 def scope(mesh: jax.sharding.Mesh | None, scheme: Scheme | None = None) -> Iterator[None]:
-    """Computations traced inside are for `mesh`, used as `scheme` says; None is a single device."""
+    """Computations traced inside are for `mesh`, used as `scheme` says.
+
+    Without a mesh it stays that of an outer scope; outside of all there is a single device.
+    """
     token = _scheme.set(scheme)
     try:
         if mesh is None:

@@ -37,13 +37,16 @@ PRODUCTS: Table = (
 # Between those that split heads or hidden channels over the tensor axis the sequence lies on it.
 ACTIVATIONS: Table = (*PRODUCTS, ("T", ("tensor",)))
 
-# Every device scores its tokens against all experts, so products see the router whole.
-UNSPLIT = {"router_ED": "E"}
-
 
 def letters_of(name: str) -> str:
     """The dimension letters at the end of an array's name: "w_gate_EFD" -> "EFD"."""
     return name.rsplit("_", 1)[-1]
+
+
+def is_router(name: str) -> bool:
+    """Whether a parameter makes scores of experts: it is multiplied with in FP32, whatever the
+    recipe, and every device scores its tokens against all experts."""
+    return name.startswith("router_")
 
 
 def spec(
@@ -75,6 +78,6 @@ def weight_spec(
 ) -> PartitionSpec:
     """The PartitionSpec of a named weight. Vectors (norms) are small and stay whole."""
     letters = letters_of(name)
-    if table is COMPUTE:
-        letters = "".join("_" if letter in UNSPLIT.get(name, "") else letter for letter in letters)
+    if table is COMPUTE and is_router(name):
+        letters = letters.replace("E", "_")
     return spec(letters if len(letters) > 1 else "", shape, table, axis_sizes)

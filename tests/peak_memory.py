@@ -20,6 +20,7 @@ def run_measured(command, folder, **options) -> tuple[subprocess.CompletedProces
     The figure travels in a file of `folder`, so that what was printed stays the command's own.
     """
     path = folder / "peak_bytes"
+    path.unlink(missing_ok=True)
     between = [sys.executable, "-c", _BETWEEN, str(path), *command]
     done = subprocess.run(between, capture_output=True, text=True, **options)
     return done, int(path.read_text())

@@ -130,16 +130,16 @@ def step_seconds(model: Model, prompt_BT) -> list[float]:
         return plain_step(model, state, sampling, stop_N)
 
     def draft(model, state):
-        ahead, _, draft_BD, _ = draft_tokens(
+        ahead, _, draft_BP, _ = draft_tokens(
             model, state.ahead, state.tokens_BS, state.length_B, sampling, state.key
         )
         # Never true, but then the next draft has to wait for this one.
-        tokens_BS = jnp.where(state.tokens_BS < 0, draft_BD[:, :1], state.tokens_BS)
+        tokens_BS = jnp.where(state.tokens_BS < 0, draft_BP[:, :1], state.tokens_BS)
         return dataclasses.replace(state, ahead=ahead, tokens_BS=tokens_BS)
 
     def verification(model, state):
-        draft_BD = jnp.broadcast_to(state.lost % 2, (1, model.config.num_mtp))
-        return verified_step(model, state, None, draft_BD, sampling, stop_N)
+        draft_BP = jnp.broadcast_to(state.lost % 2, (1, model.config.num_mtp))
+        return verified_step(model, state, None, draft_BP, sampling, stop_N)
 
     def sixteen(step):
         every = lambda model, state: jax.lax.fori_loop(0, 16, lambda _, s: step(model, s), state)

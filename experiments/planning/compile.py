@@ -160,7 +160,8 @@ def abstract_arguments(setup: Setup, mesh) -> tuple[Any, dict[str, Any]]:
     state = jax.tree.map(place, abstract_state(setup.run), state_shardings(setup.run, mesh))
     shape = (setup.accumulation, setup.run.micro_batch, setup.run.seq_len + 1)
     tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(mesh))
-    return state, {"tokens": tokens}
+    names = ("tokens", "segments") if setup.run.mask_documents else ("tokens",)
+    return state, dict.fromkeys(names, tokens)
 
 
 def batch_sharding(mesh):

@@ -17,6 +17,7 @@ from experiments.planning.weights import Weight, shards, weights
 from sharding.cost import members_in_node
 from sharding.hardware import Cluster
 from sharding.mesh import AXES
+from sharding.rules import is_router
 
 GIB = 2**30
 
@@ -32,7 +33,7 @@ def weight_bytes(weight: Weight, run: Run) -> float:
     """Bytes of a weight's element: FP8 codes and scales of blocks where the recipe has them."""
     if run.precision.matmul == "fp8" and is_in_fp8(weight.leaf):
         return 1 + 4 / 128**2
-    return 4 if run.precision.activations == "fp32" or weight.leaf == "router_ED" else 2
+    return 4 if run.precision.activations == "fp32" or is_router(weight.leaf) else 2
 
 
 def decode_rows(

@@ -10,7 +10,7 @@ import math
 from typing import NamedTuple
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.fp8 import TILE
+from deepseek_jax.fp8 import TILE, is_in_fp8
 from deepseek_jax.moe import row_alignment
 from experiments.planning.setup import Setup
 from experiments.planning.weights import (
@@ -29,6 +29,7 @@ class Memory(NamedTuple):
     parameters: int
     optimizer: int
     gradients: int
+    gathered: float  # weights that are whole for as long as the step lasts: with zero=1
     kept: float  # activations that wait for the backward pass
     working: float  # the largest layer at work: its gathered weights, gradients, activations
 
@@ -48,10 +49,11 @@ def memory(setup: Setup) -> Memory:
     alone = values_bytes(setup) if run.remat == "none" else kept_bytes(setup, run.remat)
     kept = setup.tokens * (kept + (layers - stacked) * alone)
     held = weights(config, mesh)
-    layer = [w for w in held if w.name.startswith("moe.")]
+    layer = [w for w in held if w.name.startswith("moe." if config.num_moe_layers else "dense.")]
     whole = sorted(w.size / w.layers / shards(w.computed, mesh) for w in layer)
     at_work = sum(whole) * setup.itemsize
-    if any(w.gathered for w in layer):
+    gathered = gathered_bytes(setup)
+    if setup.scheme.zero == 3 and any(w.gathered for w in layer):
         # A second layer is on its way, and FP32 gradients of the largest two weights.
         at_work += at_work + 4 * sum(whole[-2:])
     elif setup.is_fp8:
@@ -64,7 +66,20 @@ def memory(setup: Setup) -> Memory:
     # Values and gradients of a layer, and where experts lie on other devices what is exchanged.
     largest = values_bytes(setup) * (1.5 + (mesh["expert"] > 1)) * setup.tokens
     working = max(at_work + largest, table)
-    return Memory(stored, optimizer_bytes(run, mesh), gradients, kept, working)
+    optimizer = optimizer_bytes(run, mesh)
+    return Memory(stored, optimizer, gradients, gathered, kept, working)
+
+
+def gathered_bytes(setup: Setup) -> float:
+    """Bytes of weights that zero=1 gathers over the batch axes before the first micro-batch.
+
+    They are FP32 as their masters, in FP8 codes and transposed codes.
+    """
+    if setup.scheme.zero == 3:
+        return 0.0
+    whole = lambda w: w.size / shards(w.computed, setup.mesh)
+    itemsize = lambda w: 2 if setup.is_fp8 and is_in_fp8(w.leaf) else 4
+    return sum(itemsize(w) * whole(w) for w in weights(setup.run.config, setup.mesh) if w.gathered)
 
 
 def argument_bytes(setup: Setup) -> int:
@@ -73,8 +88,13 @@ def argument_bytes(setup: Setup) -> int:
     state = parameter_bytes(run, setup.mesh) + optimizer_bytes(run, setup.mesh)
     biases = 4 * config.num_experts * config.num_expert_layers * config.has_routing_bias
     counters = 4 * (1 + 2 + 1 + 1)  # step, tokens in two words, skipped, skipped in a row
-    tokens = 4 * setup.accumulation * setup.sequences * (run.seq_len + 1)
+    tokens = 4 * math.prod(batch_shape(setup)) * (1 + run.mask_documents)
     return state + biases + counters + tokens
+
+
+def batch_shape(setup: Setup) -> tuple[int, int, int]:
+    """Of a device's tokens, and of the documents that they belong to where those are told apart."""
+    return setup.accumulation, setup.sequences, setup.run.seq_len + 1
 
 
 def tile_bytes(setup: Setup) -> int:
@@ -83,8 +103,9 @@ def tile_bytes(setup: Setup) -> int:
     itemsizes = (4, *optimizer_itemsizes(run))
     arrays = [(w.shard, size) for w in weights(config, setup.mesh) for size in itemsizes]
     if config.has_routing_bias:
-        arrays += [((n, config.num_experts), 4) for n in (config.num_moe_layers, config.num_mtp)]
-    arrays.append(((setup.accumulation, setup.sequences, run.seq_len + 1), 4))
+        stacks = config.num_moe_layers, config.num_expert_layers - config.num_moe_layers
+        arrays += [((n, config.num_experts), 4) for n in stacks]
+    arrays += [(batch_shape(setup), 4)] * (1 + run.mask_documents)
     return sum(size * (tiled(shape) - math.prod(shape)) for shape, size in arrays)
 
 
@@ -121,9 +142,19 @@ def expert_rows(setup: Setup) -> float:
     Beside the room for an uneven load, each expert may leave almost a block without tokens.
     """
     config = setup.run.config
+    if not config.num_moe_layers:
+        return 0.0
     held = config.num_experts // setup.mesh["expert"]
     blocks = held * (block_rows(setup) - 1) / setup.tokens
     return config.experts_per_token * (setup.scheme.room or 1.0) + blocks
+
+
+def hidden_channels(setup: Setup) -> float:
+    """Hidden channels of a token in all experts of a layer, or in the FFN of a dense model."""
+    config = setup.run.config
+    if not config.num_moe_layers:
+        return config.dense_ffn_dim
+    return config.expert_ffn_dim * (expert_rows(setup) + config.num_shared_experts)
 
 
 def values_bytes(setup: Setup) -> float:
@@ -133,7 +164,7 @@ def values_bytes(setup: Setup) -> float:
     N, D, A = config.num_heads, config.model_dim, config.query_key_dim
     U, Q, Y = config.value_head_dim, config.query_latent_dim or 0, config.cache_dim
     rows = expert_rows(setup)
-    hidden = codes * 2 * config.expert_ffn_dim * (rows + config.num_shared_experts)
+    hidden = codes * 2 * hidden_channels(setup)
     shared = size * (3 * D + N * (2 * A + 3 * U) + Q + Y) + 2 * hidden
     return shared / setup.mesh["tensor"] + (size + codes) * rows * D
 
@@ -152,13 +183,14 @@ def kept_bytes(setup: Setup, remat: str) -> float:
     codes, twelve = (1 + 4 / 128, 1.5 + 4 / 128) if fp8 else (size, size)
     N, D, A = config.num_heads, config.model_dim, config.query_key_dim
     U, Q, Y = config.value_head_dim, config.query_latent_dim or 0, config.cache_dim
-    E, F, S = config.num_experts, config.expert_ffn_dim, config.num_shared_experts
-    rows = expert_rows(setup)
+    E = config.num_experts if config.num_moe_layers else 0
+    rows, channels = expert_rows(setup), hidden_channels(setup)
     latent, attention = size * (Q + Y), N * U
-    hidden = codes * 2 * F * (rows + S)
+    hidden = codes * 2 * channels
     normed = 2 * D + Q + config.kv_latent_dim
     operands = codes * normed + size * N * (2 * A + U) + twelve * attention
-    swiglu = hidden if fp8 else (size + 4 * 5) * F * (rows + S) + 4 * F * rows
+    weighted = 4 * config.expert_ffn_dim * rows
+    swiglu = hidden if fp8 else (size + 4 * 5) * channels + weighted
     # Of each policy: what is shared, what is whole.
     kept = {
         "full": (size * D, 0.0),

@@ -8,6 +8,7 @@ from experiments.planning.setup import Setup
 from experiments.planning.weights import TABLES, Weight, code_axes, shards, weights
 from sharding.cost import Transfer
 from sharding.exchange import axis_hops
+from sharding.rules import is_router
 
 
 def step_transfers(setup: Setup) -> list[Transfer]:
@@ -62,7 +63,7 @@ def gathers(weight: Weight, setup: Setup) -> list[tuple[float, int, tuple[str, .
         return [*masters, (1, times, codes), (1, often, turned)]
     if setup.scheme.zero == 1 or not weight.name.startswith(("dense.", "moe.")):
         return [(4, often, own)]
-    cast = setup.itemsize if weight.leaf != "router_ED" else 4
+    cast = 4 if is_router(weight.leaf) else setup.itemsize
     again = is_computed_again(weight, setup.run.remat)
     return [(cast, often, own), (4 if again else cast, often, own)]
 

@@ -18,7 +18,7 @@ from deepseek_jax.counts import abstract_model
 from deepseek_jax.fp8 import sides
 from deepseek_jax.linear import DTYPES
 from sharding.mesh import AXES
-from sharding.rules import COMPUTE, STORE, letters_of, spec, weight_spec
+from sharding.rules import COMPUTE, STORE, is_router, letters_of, spec, weight_spec
 
 # The model multiplies with these whole, whatever the compute table says of V.
 TABLES = ("embed_VD", "head_VD")
@@ -79,7 +79,7 @@ class Weight(NamedTuple):
             return "attention"
         if self.leaf.endswith(("_EFD", "_EDF")):
             return "routed experts"
-        if self.leaf == "router_ED":
+        if is_router(self.leaf):
             return "router"
         if ".shared." in self.name:
             return "shared experts"

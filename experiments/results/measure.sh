@@ -45,9 +45,12 @@ cpu)
     measure combine bench combine tiny --steps 200 --json "$out/combine.json"
     for mesh in fsdp=32,expert=64 data=8,fsdp=16,expert=16 fsdp=16,expert=32,tensor=4 fsdp=8,expert=256
     do
-        name="${mesh//=/}"
-        name="plan_v3_fp8_h200x2048_${name//,/_}"
+        shape="${mesh//=/}"
+        name="plan_v3_fp8_h200x2048_${shape//,/_}"
         measure "$name" plan deepseek_v3 --cluster h200x2048 --precision fp8 --mesh "$mesh" \
+            --json "$out/$name.json"
+        name="plan_v3_bf16_v5px2048_${shape//,/_}"
+        measure "$name" plan deepseek_v3 --cluster v5px2048 --remat full --mesh "$mesh" \
             --json "$out/$name.json"
     done
     measure sweep_v3 sweep deepseek_v3 --cluster h200x2048 --out "$out/sweep_v3" \

@@ -243,6 +243,13 @@ def test_state_for_tests_has_the_shapes_of_a_state():
     assert all(jax.tree.leaves(jax.tree.map(same, make_state(RUN), expected)))
 
 
+def test_a_text_shorter_than_the_depths_has_no_logits_of_the_last():
+    def ahead():
+        return ds.Model(TINY, rngs=nnx.Rngs(0))(jnp.zeros((2, 1), jnp.int32), mtp=True)[1]
+
+    assert [x.shape for x in jax.eval_shape(ahead).mtp_logits] == [(2, 0, 104), (2, 0, 104)]
+
+
 @pytest.mark.parametrize(
     "tokens, words",
     [

@@ -74,3 +74,19 @@ def test_a_placement_of_another_model_is_refused():
     with scope(make_mesh(data=2, expert=4), Scheme(placement=PLACED[:2])):
         with pytest.raises(ValueError, match="3 layers of experts"):
             jax.eval_shape(lambda: ready(ds.Model(CONFIG, rngs=nnx.Rngs(0))))
+
+
+def test_generation_under_another_placement_is_another_program():
+    run = make_run(dataclasses.replace(CONFIG, num_layers=1, num_mtp=0))
+    mesh, state = make_mesh(jax.devices()[:4], expert=4), make_state(run)
+    params = jax.device_put(state.params, store_shardings(state.params, mesh))
+    write = lambda: ds.generate(
+        join(run, params, state.biases), np.ones((4, 1), int), max_new_tokens=2
+    )
+    with scope(mesh, Scheme(placement=PLACED[:1])):
+        placed = write()
+    with scope(mesh, Scheme()):
+        np.testing.assert_array_equal(placed, write())
+    with scope(mesh, Scheme(placement=PLACED[:2])):
+        with pytest.raises(ValueError, match="1 layers of experts"):
+            write()

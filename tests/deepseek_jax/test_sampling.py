@@ -92,13 +92,13 @@ def drafted_pairs(rows):
     def tokens(key):
         # With these the distribution of a position does not depend on the tokens before it.
         logits_BWV = jnp.broadcast_to(jnp.asarray(P_LOGITS, jnp.float32), (rows, 3, 6))
-        draft_logits_BDV = jnp.broadcast_to(jnp.asarray(Q_LOGITS, jnp.float32), (rows, 2, 6))
+        draft_logits_BPV = jnp.broadcast_to(jnp.asarray(Q_LOGITS, jnp.float32), (rows, 2, 6))
         at = lambda d: jnp.full(rows, d, jnp.int32)
-        draft_BD = jnp.stack(
-            [draw(draft_logits_BDV[:, d], rules(), key, at(d), purpose=3) for d in range(2)], axis=1
+        draft_BP = jnp.stack(
+            [draw(draft_logits_BPV[:, d], rules(), key, at(d), purpose=3) for d in range(2)], axis=1
         )
         new_BW, accepted_B = verify(
-            logits_BWV, draft_logits_BDV, draft_BD, rules(), key, at(0)
+            logits_BWV, draft_logits_BPV, draft_BP, rules(), key, at(0)
         )
         later_B = draw(logits_BWV[:, 1], rules(), jax.random.fold_in(key, 9), at(1))
         return new_BW[:, 0], jnp.where(accepted_B == 0, later_B, new_BW[:, 1]), accepted_B
@@ -125,7 +125,7 @@ def test_drafted_tokens_are_distributed_as_the_models_own():
     "name, wrong",
     [
         ("residual", lambda p_BV, q_BV: p_BV),
-        ("leading", lambda true_BD: jnp.full(true_BD.shape[0], 2, jnp.int32)),
+        ("leading", lambda true_BP: jnp.full(true_BP.shape[0], 2, jnp.int32)),
     ],
     ids=["rejected-drawn-from-p", "all-accepted"],
 )

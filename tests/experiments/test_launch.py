@@ -4,10 +4,13 @@ import json
 import math
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 
 from deepseek_jax.config import Run, from_json, to_json
+from experiments import launch
+from sharding.placement import current_scheme
 from tests.experiments import runs
 
 FIELDS = {
@@ -147,3 +150,19 @@ def test_shards_and_benchmarks_need_no_tokenizers_grain_or_plots(
     assert "tokens/s" in done.stdout
     assert runs.metrics(tmp_path / "run") == runs.metrics(trained.run)
     assert not (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_run_is_scored_with_room_for_any_load(trained, tmp_path, monkeypatch):
+    # Training runs a batch again that found no room; nothing would run the score again.
+    found = {}
+    monkeypatch.setattr(launch, "first_state", lambda *_, **__: mock.Mock(step=0))
+    monkeypatch.setattr(
+        launch, "train", lambda *args, **_: found.update(trained=args[6].scheme.room)
+    )
+    monkeypatch.setattr(launch, "finish", lambda *_: found.update(scored=current_scheme().room))
+    words = runs.launch_words(
+        tmp_path / "run", trained.data, "--mesh", "expert=8",
+        settings=("micro_batch=8", "batch_size=8"),
+    )  # fmt: skip
+    assert runs.call(*words)[0] == 0
+    assert found == {"trained": 2.0, "scored": None}
