@@ -236,8 +236,9 @@ class Schedule:
             done = xp.clip((tokens - begin) / max(float(phase.tokens), 1.0), 0.0, 1.0)
             if phase.shape == "cosine":
                 done = (1.0 - xp.cos(np.pi * done)) / 2.0
-            # The convex form hits both ends exactly.
-            here = (1.0 - done) * phase.start + done * phase.end
+            # Exact at both ends, and everywhere in a phase that stays as it is.
+            here = phase.start + done * (phase.end - phase.start)
+            here = xp.where(done >= 1.0, phase.end, here)
             if phase.tokens == 0:
                 here = xp.asarray(phase.end, xp.float32)
             value = xp.where(tokens >= begin, here, value)

@@ -108,8 +108,14 @@ def dotted(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def save_huggingface(model: Model, path: str | os.PathLike, *, format: Format = "bf16") -> None:
-    """Writes a checkpoint folder: shards, index and config.json.
+def save_huggingface(
+    model: Model,
+    path: str | os.PathLike,
+    *,
+    format: Format = "bf16",
+    tokenizer: str | os.PathLike | None = None,
+) -> None:
+    """Writes a checkpoint folder: shards, index, config.json, and a copy of a tokenizer.json.
 
     The folder appears under its name when it is complete. Norms, routers, embedding and head stay
     in BF16 in the format "fp8", routing biases in FP32 in all of them.
@@ -123,6 +129,8 @@ def save_huggingface(model: Model, path: str | os.PathLike, *, format: Format = 
         for name, specs in shards.items():
             write_file(folder / name, specs, (next(arrays) for _ in specs))
         write_index(folder, shards)
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, folder / "tokenizer.json")
 
 
 class complete_folder:

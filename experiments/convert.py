@@ -48,7 +48,7 @@ class ConvertArgs:
     destination: Annotated[Path | None, tyro.conf.Positional] = None
     """Folder to write; without one, the source is only checked."""
     format: Literal["fp8", "bf16", "fp32"] | None = None
-    """Of matrices in the destination; by default the source's, byte for byte."""
+    """Of matrices in the destination; by default the source's, byte for byte, of a run bf16."""
     audit: bool = False
     """List every tensor: name, shape, dtype, where it goes."""
     checksums: bool = False
@@ -90,9 +90,10 @@ def export_run(args: ConvertArgs) -> None:
         )
     directory = RunDirectory(args.source)
     model = trained_model(*load_run(directory))
-    save_huggingface(model, args.destination, format=args.format or "bf16")
-    if directory.tokenizer.is_file():
-        shutil.copyfile(directory.tokenizer, args.destination / "tokenizer.json")
+    save_huggingface(
+        model, args.destination, format=args.format or "bf16",
+        tokenizer=directory.tokenizer if directory.tokenizer.is_file() else None,
+    )  # fmt: skip
     print(f"written to {args.destination}")
 
 

@@ -100,6 +100,18 @@ def devices_of(args: MeshArgs, run: Run, *, batch: int | None = None) -> Devices
         sizes = default_sizes(run, count, batch, args.devices_per_node or jax.local_device_count())
     else:
         sizes = mesh_of(args.mesh, count)
+    check_mesh(run, sizes, batch)
+    nodes = expert_nodes(sizes, args.devices_per_node or jax.local_device_count())
+    room = ROOM if batch is not None and sizes["expert"] > 1 else None
+    placed = None
+    if args.placement is not None:
+        placed = read_placement(args.placement, run.config, devices=sizes["expert"])
+    scheme = Scheme(zero=args.zero, expert_nodes=nodes, room=room, placement=placed)
+    return Devices(make_mesh(**sizes), scheme)
+
+
+def check_mesh(run: Run, sizes: Mapping[str, int], batch: int | None) -> None:
+    """Refuses a mesh on which the model, or a micro-batch of so many sequences, cannot lie."""
     reason = refusal(run, sizes)
     if reason is not None:
         raise ValueError(f"mesh {mesh_name(sizes)}: {reason}")
@@ -109,13 +121,6 @@ def devices_of(args: MeshArgs, run: Run, *, batch: int | None = None) -> Devices
             f"mesh {mesh_name(sizes)} splits a batch over {ways} devices, which must divide "
             f"micro_batch={batch}"
         )
-    nodes = expert_nodes(sizes, args.devices_per_node or jax.local_device_count())
-    room = ROOM if batch is not None and sizes["expert"] > 1 else None
-    placed = None
-    if args.placement is not None:
-        placed = read_placement(args.placement, run.config, devices=sizes["expert"])
-    scheme = Scheme(zero=args.zero, expert_nodes=nodes, room=room, placement=placed)
-    return Devices(make_mesh(**sizes), scheme)
 
 
 def read_placement(path: Path, config: ModelConfig, *, devices: int) -> tuple[tuple[int, ...], ...]:

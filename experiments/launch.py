@@ -24,15 +24,17 @@ from experiments import agreement, processes
 from experiments.assignments import assigned
 from experiments.command_line import program
 from experiments.data import TokenShards, is_shards, prepare
-from experiments.devices import Devices, MeshArgs, devices_of, make_cpu_devices
+from experiments.devices import Devices, MeshArgs, check_mesh, devices_of, make_cpu_devices
 from experiments.display import TrainingDisplay
 from experiments.eval import recorded_shards
 from experiments.finish import finish, tokenizer_of, write_report_if_possible
 from experiments.imported import imported_run
+from experiments.planning.setup import mesh_of, named_sizes
 from experiments.recipes import recipe
 from experiments.run_directory import RunDirectory, check_unchanged, hash_of
 from experiments.submit import submit
 from experiments.train import Stopped, batch_source, first_state, model_summary, train
+from sharding.mesh import AXES
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ class LaunchArgs(MeshArgs):
     """Hosts to submit to."""
     image: str | None = None
     """Container image of the JobSet."""
+    volume: str | None = None
+    """CLAIM=PATH: a volume claim that its pods share, for data and for --run below PATH."""
     dry_run: bool = False
     """Only print what --submit would submit."""
 
@@ -85,8 +89,9 @@ def launch(args: LaunchArgs) -> None:
     """Trains in this process, in several that it starts and watches, or as a job it submits."""
     place = processes.here()
     if place is None and args.submit is not None:
+        check_submitted(args)
         submit(args.submit, nodes=args.nodes, devices=args.devices_per_node, image=args.image,
-               words=sys.argv[1:], dry_run=args.dry_run)
+               volume=args.volume, words=sys.argv[1:], dry_run=args.dry_run)
         return
     places = processes.group(args.processes) if place is None else []
     if places:
@@ -102,6 +107,17 @@ def launch(args: LaunchArgs) -> None:
         if place is None:
             stack.enter_context(sigterm_interrupts())
         run_here(args, Path(aside))
+
+
+def check_submitted(args: LaunchArgs) -> None:
+    """Refuses here what every host would refuse after it has waited for its turn."""
+    if args.resume or args.imported is not None:
+        return  # what they name may lie where the hosts are
+    run, _, _ = plan(args)
+    if args.mesh is not None:
+        count = args.nodes * (args.devices_per_node or 0)
+        sizes = mesh_of(args.mesh, count) if count else named_sizes(args.mesh)
+        check_mesh(run, {axis: sizes.get(axis, 1) for axis in AXES}, run.micro_batch)
 
 
 def run_here(args: LaunchArgs, aside: Path) -> None:
@@ -148,7 +164,9 @@ def train_on(
     checkpoints = Checkpoints(directory.checkpoints, keep=run.keep_checkpoints)
     imported = recorded_import(args, directory)
     if args.resume:
-        directory.check_resumable(checkpoints.latest)
+        directory.check_resumable(run, checkpoints.latest)
+        if checkpoints.latest is None:
+            print(f"{directory.checkpoints} holds no checkpoint yet: training begins again")
     state = first_state(run, checkpoints, devices.mesh, imported=imported)
     check_profile(args.profile, begin=int(state.step), steps=run.steps)
     record = describe(args, run, name, directory, shards)

@@ -23,6 +23,7 @@ class Loaded:
 
     model: Model
     tokenizer: Tokenizer
+    begin: tuple[int, ...]  # tokens that a text begins with
     stop: tuple[int, ...]  # tokens that end a text
     chat: dict[str, Any] | None  # tokenizer_config.json where it holds a template
 
@@ -63,15 +64,35 @@ def load_model(
         directory = RunDirectory(path)
         model = trained_model(*load_run(directory, step=step, mesh=mesh))
         tokenizer = run_tokenizer(directory)
-        return Loaded(model, tokenizer, (tokenizer.eos,), None)
+        return Loaded(model, tokenizer, (), (tokenizer.eos,), None)
     if step is not None:
         raise ValueError(f"{path} is a checkpoint of released weights, which has no steps")
+    # Before the weights, which take longer.
+    tokenizer = load_tokenizer(path / "tokenizer.json")
     chosen = Precision(weights="bf16", activations="bf16", matmul="bf16")
     model = load_huggingface(
         path, precision=chosen if precision is None else precision, mesh=mesh
     )
-    tokenizer = load_tokenizer(path / "tokenizer.json")
-    return Loaded(model, tokenizer, stop_tokens(path, tokenizer), chat_config(path))
+    return Loaded(
+        model, tokenizer, begin_tokens(path, tokenizer), stop_tokens(path, tokenizer),
+        chat_config(path),
+    )  # fmt: skip
+
+
+def begin_tokens(path: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The token that tokenizer_config.json has put before every text; chat templates name it."""
+    if not (path / "tokenizer_config.json").is_file():
+        return ()
+    record = json.loads((path / "tokenizer_config.json").read_text())
+    token = token_name(record.get("bos_token"))
+    if not record.get("add_bos_token") or not token:
+        return ()
+    return tuple(int(t) for t in tokenizer.encode(token, special=True))
+
+
+def token_name(token: Any) -> str:
+    """The text of a token as tokenizer_config.json writes it."""
+    return (token.get("content") if isinstance(token, dict) else token) or ""
 
 
 def stop_tokens(path: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -102,15 +123,14 @@ def chat_prompt(record: dict[str, Any], messages: list[dict[str, str]]) -> str:
     def refuse(text: str):
         raise ValueError(f"the chat template refuses this conversation: {text}")
 
-    name = lambda token: token.get("content") if isinstance(token, dict) else token
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = refuse
     try:
         return environment.from_string(record["chat_template"]).render(
             messages=messages,
             add_generation_prompt=True,
-            bos_token=name(record.get("bos_token")) or "",
-            eos_token=name(record.get("eos_token")) or "",
+            bos_token=token_name(record.get("bos_token")),
+            eos_token=token_name(record.get("eos_token")),
         )
     except TemplateError as error:
         raise ValueError(f"the chat template is damaged: {error}") from error

@@ -68,7 +68,11 @@ def plan(args: PlanArgs) -> None:
     if args.decode:
         mesh = mesh_of(args.mesh, where.devices) if args.mesh else None
         rows = decode_rows(run, where, mesh, batch=args.batch, context=args.context)
-        print_table(rows, title=f"{args.recipe}: decoding on {where.name}", json_path=args.json)
+        print_table(rows, title=f"{args.recipe}: decoding on {where.name}")
+        if args.json is not None:
+            asked = {"recipe": args.recipe, "cluster": where.name, "mesh": mesh,
+                     "batch": args.batch, "context": args.context}  # fmt: skip
+            write_json(args.json, {**asked, **code_and_day(), "rows": rows})
         return
     chosen = chosen_setup(args, run, where)
     print(f"{args.recipe} on {where.name}: {chosen.name}")

@@ -22,12 +22,16 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from experiments.command_line import TRACEBACK
+
 # Set by the parent for its processes: "index/count@host:port host0,host1,...".
 PROCESS = "DEEPSEEK_JAX_PROCESS"
 # Set by whoever starts hosts: "host:port" of the first one, and how many there are.
 COORDINATOR, COUNT = "DEEPSEEK_JAX_COORDINATOR", "DEEPSEEK_JAX_PROCESSES"
 HEARTBEAT = 20  # seconds without a sign of life after which a process counts as lost
-ARRIVAL = 60  # seconds that processes have to meet
+# Seconds that processes have to meet, where a minute is not right.
+ARRIVAL = "DEEPSEEK_JAX_ARRIVAL"
+KNOCK = 5  # seconds in which one that has come says who it is
 GRACE = 10  # seconds that a process has to end by itself
 
 
@@ -154,6 +158,11 @@ class Child:
     def code(self) -> int | None:
         return self.process.poll()
 
+    def failed(self, asked: Sequence[int]) -> bool:
+        """Whether it ended, and not because it was asked to; early on SIGTERM still kills it."""
+        fine = (None, 0, 128 + signal.SIGTERM, *[-signal.SIGTERM] * bool(asked))
+        return self.code not in fine
+
     def end(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             self.process.kill()
@@ -173,7 +182,7 @@ class Child:
             how = signal.Signals(-self.code).name
         last = next((line for line in reversed(self.errors) if line.strip()), "")
         return f"{self.place.name(self.place.index)} (pid {self.process.pid}) was lost: {how}" + (
-            f", {last[:200]}" if last and self.code > 0 else ""
+            f", {last[:200]} ({TRACEBACK}=1 shows all)" if last and self.code > 0 else ""
         )
 
 
@@ -226,16 +235,19 @@ def supervise(places: Sequence[Place], words: Sequence[str]) -> int:
     before = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         while any(child.code is None for child in children):
-            failed = [c for c in children if c.code not in (None, 0, 128 + signal.SIGTERM)]
+            failed = [c for c in children if c.failed(asked)]
             if failed:
                 time.sleep(1.0)  # for the one that was lost to be seen beside those it brings down
                 break
             time.sleep(0.1)
-        failed = [c for c in children if c.code not in (None, 0, 128 + signal.SIGTERM)]
+        failed = [c for c in children if c.failed(asked)]
         if not failed:
             codes = [child.code for child in children]
             return 128 + asked[0] if asked and any(codes) else max(codes)
         reasons = [reason for reason in (c.reason() for c in failed) if reason]
+        if os.environ.get(TRACEBACK):
+            for line in failed[0].errors:
+                print(line, file=sys.stderr)
         raise ValueError(f"{(reasons or [lost_elsewhere(failed[0])])[0]}; all are stopped, a "
                          "run that has begun goes on with --resume")
     finally:
@@ -273,7 +285,7 @@ def join(place: Place) -> None:
         num_processes=place.count,
         process_id=place.index,
         heartbeat_timeout_seconds=HEARTBEAT,
-        initialization_timeout=ARRIVAL,
+        initialization_timeout=arrival(),
     )
     if place.index == 0:
         for index, name in enumerate(names):
@@ -281,8 +293,14 @@ def join(place: Place) -> None:
             print(f"process {index}  {name}  {len(own)} x {own[0].device_kind}", flush=True)
 
 
-def meet(place: Place, seconds: float = ARRIVAL) -> list[str]:
+def arrival() -> int:
+    """Seconds that processes have to meet."""
+    return int(os.environ.get(ARRIVAL, 60))
+
+
+def meet(place: Place, seconds: float | None = None) -> list[str]:
     """Waits for all processes and returns the names of their hosts."""
+    seconds = arrival() if seconds is None else seconds
     host, _, port = place.coordinator.rpartition(":")
     own = f"{socket.gethostname()} (pid {os.getpid()})"
     deadline = time.monotonic() + seconds
@@ -313,11 +331,17 @@ def _receive(place: Place, port: int, own: str, seconds: float) -> list[str]:
     with contextlib.closing(socket.create_server(("", port))) as server:
         while len(names) < place.count and time.monotonic() < deadline:
             server.settimeout(max(deadline - time.monotonic(), 0.01))
-            with contextlib.suppress(TimeoutError):
+            # Whoever else knocks, says nothing or says something else is not one of ours.
+            with contextlib.suppress(OSError, ValueError, TypeError, IndexError):
                 link, _ = server.accept()
-                with link.makefile() as lines:
-                    index, name = json.loads(lines.readline())
-                names[index] = name
+                try:
+                    link.settimeout(KNOCK)
+                    with link.makefile() as lines:
+                        index, name = json.loads(lines.readline())
+                    names[range(place.count)[index]] = name
+                except BaseException:
+                    link.close()
+                    raise
                 links.append(link)
         missing = [place.name(n) for n in range(place.count) if n not in names]
         answer = f"{', '.join(missing)} did not arrive within {seconds:g} s: start all again"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_jax.config import Run, differing_fields, from_json
+from experiments.records import metrics_lines
 from experiments.tables import plain, write_json
 
 # May differ when a run goes on: they do not change the numbers of a step.
@@ -93,14 +94,17 @@ class RunDirectory:
         """A run that goes on has not ended."""
         self.summary.unlink(missing_ok=True)
 
-    def check_resumable(self, step: int | None) -> None:
-        """Raises where the checkpoints of a finished run, or the metrics of its steps, are gone.
+    def check_resumable(self, run: Run, step: int | None) -> None:
+        """Raises where the checkpoints of a run, or the metrics of its steps, are gone.
 
         Args:
           step: of the last checkpoint; a run that was killed early may have none yet.
         """
         metrics = self.path / "metrics.jsonl"
-        if step is None and (self.path / "summary.json").exists():
+        # The first checkpoint is whole at the latest when the second one is begun.
+        steps = max((line["step"] for line in metrics_lines(metrics)), default=0)
+        saved = steps >= 2 * run.checkpoint_every or (self.path / "summary.json").exists()
+        if step is None and saved:
             raise ValueError(f"{self.checkpoints} holds no checkpoint of this run: {LOST}")
         if step and not metrics.exists():
             raise ValueError(f"{metrics} is missing, which a run goes on with: {LOST}")

@@ -61,7 +61,10 @@ def sample(args: SampleArgs) -> None:
         args.prompt.encode()
     except UnicodeEncodeError as error:
         raise ValueError("--prompt is not UTF-8: write it in UTF-8") from error
-    devices = devices_of(args, run_of(args.run))
+    run = run_of(args.run)
+    if args.draft and not run.config.num_mtp:
+        raise ValueError(f"--draft needs a model with MTP modules, and {args.run} has none")
+    devices = devices_of(args, run)
     with devices.scope():
         continue_prompt(args, devices.mesh)
 
@@ -73,7 +76,8 @@ def continue_prompt(args: SampleArgs, mesh: jax.sharding.Mesh | None) -> None:
         text = chat_prompt(loaded.chat, [{"role": "user", "content": args.prompt}])
         tokens = [int(t) for t in tokenizer.encode(text, special=True)]
     else:
-        tokens = [int(t) for t in tokenizer.encode(args.prompt)] or [tokenizer.eos]
+        tokens = [*loaded.begin, *(int(t) for t in tokenizer.encode(args.prompt))]
+        tokens = tokens or [tokenizer.eos]
     max_new_tokens = args.max_new_tokens
     if max_new_tokens is None:
         max_new_tokens = max(1, min(200, config.max_length - len(tokens)))

@@ -1,29 +1,34 @@
 """`launch --submit`: the same command as a Slurm batch script, or as a JobSet on Kubernetes."""
 
+import re
 import shlex
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.processes import COORDINATOR, COUNT
+from experiments.processes import ARRIVAL, COORDINATOR, COUNT
 
 # Words of the command line that say how to submit, not what to run, and whether a value follows.
-OWN = {"--submit": True, "--nodes": True, "--image": True, "--dry-run": False}
+OWN = {"--submit": True, "--nodes": True, "--image": True, "--volume": True, "--dry-run": False}
 PORT = 20000
+# Seconds that pods have to meet: some pull the image while others run.
+PULLING = 1200
 
 
 def submit(
-    kind: str, *, nodes: int, devices: int | None, image: str | None, words: Sequence[str],
-    dry_run: bool,
+    kind: str, *, nodes: int, devices: int | None, image: str | None,
+    volume: str | None, words: Sequence[str], dry_run: bool,
 ) -> None:
     """Prints the script or manifest; writes it beside the run and submits it unless `dry_run`."""
     if nodes < 1:
         raise ValueError(f"--nodes {nodes} must be at least 1")
     if kind == "k8s" and image is None:
         raise ValueError("--submit k8s needs --image: a container with this project installed")
+    if volume is not None and not re.fullmatch(r"[^=]+=/.+", volume):
+        raise ValueError(f"--volume {volume!r} must be CLAIM=PATH with an absolute path")
     command = without_own(words)
     text = (slurm_script(command, nodes, devices) if kind == "slurm"
-            else jobset(command, nodes, devices, image))
+            else jobset(command, nodes, devices, image, volume))
     print(text, end="")
     if dry_run:
         return
@@ -67,14 +72,27 @@ srun --kill-on-bad-exit=1 python -m experiments {shlex.join(words)}
 """
 
 
-def jobset(words: Sequence[str], nodes: int, devices: int | None, image: str) -> str:
+def jobset(
+    words: Sequence[str], nodes: int, devices: int | None, image: str, volume: str | None = None
+) -> str:
     """One pod on each node; JobSet gives the pods names by which they find the first."""
-    name, container = "deepseek-jax", ""
+    name, container, volumes = "deepseek-jax", "", ""
     if devices is not None:
         container = f"""
                 resources:
                   limits:
                     nvidia.com/gpu: {devices}"""
+    if volume is not None:
+        claim, path = volume.split("=", 1)
+        container += f"""
+                volumeMounts:
+                - name: shared
+                  mountPath: {quoted(path)}"""
+        volumes = f"""
+              volumes:
+              - name: shared
+                persistentVolumeClaim:
+                  claimName: {quoted(claim)}"""
     arguments = "".join(f"\n                - {quoted(word)}" for word in words)
     return f"""\
 apiVersion: jobset.x-k8s.io/v1alpha2
@@ -106,9 +124,11 @@ spec:
                   value: "{name}-hosts-0-0.{name}:{PORT}"
                 - name: {COUNT}
                   value: "{nodes}"
+                - name: {ARRIVAL}
+                  value: "{PULLING}"
                 ports:
                 - containerPort: {PORT}
-                - containerPort: {PORT + 1}{container}
+                - containerPort: {PORT + 1}{container}{volumes}
 """
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, NamedTuple
 import tyro
 
 from deepseek_jax.config import Precision, Run, Schedule
+from experiments.bench.children import devices_of_host
 from experiments.planning import targets
 from experiments.planning.choose import REACHED, Candidate, candidates, prediction
 from experiments.planning.compare import compared
@@ -162,6 +163,7 @@ def swept(
     if chosen and not measured:
         compile_all(chosen, notes, say)
     if measured:
+        check_devices(where)
         todo = [c.setup for c in chosen if notes.get("measured", c.setup) is None]
         for index, (setup, seconds) in enumerate(measure(todo), start=1):
             failed = isinstance(seconds, str)
@@ -174,6 +176,21 @@ def swept(
     if out is not None:
         write(rows, out, title=f"{len(rows)} setups of a train step on {where.name}", where=where)
     return Swept(rows, reached)
+
+
+def check_devices(where: Cluster) -> None:
+    """Refuses to measure on other devices than the cluster's, whose seconds would stand for them.
+
+    CPU devices are made as they are wanted.
+    """
+    if where.accelerator.platform == "cpu":
+        return
+    found = devices_of_host()
+    if found["kind"] != where.accelerator.kind or found["count"] < where.devices:
+        raise ValueError(
+            f"--measure needs {where.devices} x {where.accelerator.kind}, and this machine has "
+            f"{found['count']} x {found['kind']}"
+        )
 
 
 def shortlist(found: Sequence[Candidate], best: int) -> list[Candidate]:
@@ -207,8 +224,8 @@ def compile_all(chosen: Sequence[Candidate], notes: "Notes", say) -> None:
             "bytes": found.peak, "sent": sent, "refused": found.refused,
             "cpu_seconds": found.cpu_seconds, "warnings": list(found.warnings),
         })  # fmt: skip
-        say(f"  compiled {c.setup.name}: {found.peak / GIB:.1f} GiB, "
-            f"{found.cpu_seconds:.0f} s of processor time")  # fmt: skip
+        held = f"{found.peak / GIB:.1f} GiB" if found.refused is None else "does not fit"
+        say(f"  compiled {c.setup.name}: {held}, {found.cpu_seconds:.0f} s of processor time")
 
     with ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) // 2)) as pool:
         list(pool.map(one, todo))

@@ -17,7 +17,7 @@ from sharding.mesh import AXES
 from sharding.network import groups
 from sharding.network.latency import INFINIBAND
 
-Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all"]
+Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"]
 
 
 class Work(NamedTuple):
@@ -146,6 +146,8 @@ def sent_bytes(kind: Kind, num_bytes: float, group: int) -> float:
     `num_bytes` is the gathered array of an all-gather, the unsummed array of the two sums, the
     array that an all-to-all exchanges.
     """
+    if kind == "collective-permute":
+        return num_bytes  # each device sends all that it passes on
     passes = 2 if kind == "all-reduce" else 1
     return passes * num_bytes * (group - 1) / group
 

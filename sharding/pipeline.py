@@ -37,6 +37,8 @@ class Times:
         for name in ("forward", "backward", "weight", "pair"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        if self.hop < 0:
+            raise ValueError(f"hop={self.hop} must not be negative")
         if self.weight >= self.backward:
             raise ValueError(
                 f"weight={self.weight} is a part of backward={self.backward}, so less than it"

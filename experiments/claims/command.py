@@ -59,6 +59,9 @@ def claims(args: ClaimsArgs) -> None:
     chosen = choose(args.names)
     if args.measure is not None:
         measure(args.measure, args.data)
+        if args.measure.resolve() != RESULTS:
+            print(f"measured into {args.measure}; claims are judged by the files of {RESULTS}")
+            return
     results = compute_all(chosen)
     if len(args.names) == 1 and args.names[0] in CLAIMS:
         print(explained(results[0]))

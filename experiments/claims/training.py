@@ -186,8 +186,8 @@ CLAIMS = (
         ),
         verdict=BY_RULE,
         how="`bench balance`: `tiny`, 1000 steps, three seeds each way, on two cores; load of the "
-        "busiest expert over the mean of its layer, and validation loss (-0.3, +0.1 and -0.8 % by "
-        "seed). Recorded in experiments/results. Shorter runs say less: with 250 steps and a "
+        "busiest expert over the mean of its layer, and validation loss, means over the seeds. "
+        "Recorded in experiments/results. Shorter runs say less: with 250 steps and a "
         "faster bias, which never stood still, loss was 0.2, 0.2 and 1.1 % worse.",
         otherwise=dict(first="without", second="with bias update"),
     ),

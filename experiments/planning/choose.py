@@ -3,9 +3,10 @@
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from deepseek_jax.block import REMAT
 from deepseek_jax.config import Run
 from experiments.planning.memory import memory
-from experiments.planning.setup import Setup, setups
+from experiments.planning.setup import SEQUENCES, Setup, setups
 from experiments.planning.traffic import step_transfers
 from experiments.planning.work import step_work
 from sharding.cost import Prediction, Reached, predict
@@ -65,13 +66,19 @@ def best_setup(
     Raises:
       ValueError: none fits.
     """
+    if remat is not None and remat not in REMAT:
+        raise ValueError(f"remat={remat!r} must be one of {', '.join(REMAT)}")
+    if sequences is not None and sequences not in SEQUENCES:
+        tried = ", ".join(map(str, SEQUENCES))
+        raise ValueError(f"without a mesh {tried} sequences are tried, not {sequences}: name one")
     found = [
         c for c in candidates(run, cluster)
         if (sequences is None or c.setup.sequences == sequences)
         and (remat is None or c.setup.run.remat == remat)
     ]  # fmt: skip
     if not found:
-        raise ValueError(f"{cluster.name} has no legal mesh for this model")
+        with_ = "" if sequences is None else f" and {sequences} sequences a micro-batch"
+        raise ValueError(f"{cluster.name} has no legal mesh for this model{with_}")
     if not found[0].fits:
         least = min(found, key=lambda c: c.bytes)
         has = cluster.accelerator.memory / 2**30

@@ -73,21 +73,36 @@ def decode_rows(
     core = config.num_layers * batch * context * 2 * (config.num_heads / tensor)
     held["cache"] = cache
     flops["cache"] = core * (config.cache_dim + config.kv_latent_dim)
-    rows, total = [], 0.0
-    for part, size in held.items():
-        # Lookups read a row of each token.
-        read = 0.0 if part == "embedding" else size
+
+    def seconds_of(part: str, share: float) -> tuple[float, float]:
+        """To read what a share of the batch needs, and to compute it."""
+        read = held[part]
+        if part == "embedding":
+            read = 0.0  # lookups read a row of each token
+        if part == "cache":
+            read *= share
+        if part == "routed experts":
+            # Each device's experts receive tokens from all; those that none chose are not read.
+            tokens = share * batch * mesh["expert"]
+            read *= 1 - (1 - config.experts_per_token / config.num_experts) ** tokens
         rate = in_bf16 if part in ("cache", "head and loss", "router") else fastest
-        seconds = max(read / bandwidth, flops.get(part, 0.0) / rate)
+        return read / bandwidth, share * flops.get(part, 0.0) / rate
+
+    rows, total, halves = [], 0.0, 0.0
+    for part, size in held.items():
+        reading, computing = seconds_of(part, 1.0)
+        seconds = max(reading, computing)
         total += seconds
+        # Each half reads the weights.
+        halves += 2 * max(seconds_of(part, 0.5))
         rows.append({"what": part, "GiB a device": size / GIB, "us a token": 1e6 * seconds,
-                     "limited by": "memory" if read / bandwidth >= seconds else "products"})
+                     "limited by": "memory" if reading >= computing else "products"})
     sending = exchange_seconds(run, cluster, mesh, batch) * config.num_moe_layers
     rows.append({"what": "dispatch and combine", "us a token": 1e6 * sending,
                  "limited by": "network" if sending else None})
     needs = sum(held.values())
     fits = "fits" if needs <= hardware.memory else f"does not fit {hardware.memory / GIB:.0f} GiB"
-    overlapped = max(total, sending)
+    overlapped = max(halves, sending)
     for name, seconds in (("one after the other", total + sending),
                           ("two half-batches, one computing while the other sends", overlapped)):
         rows.append({"what": name, "GiB a device": needs / GIB, "us a token": 1e6 * seconds,

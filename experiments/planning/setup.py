@@ -19,6 +19,8 @@ from sharding.rules import BATCH_AXES
 BLOCK = 128
 # Rows in the buffers of dispatch at first, over those of an even load.
 ROOM = 2.0
+# Of one device in one micro-batch: what a search tries.
+SEQUENCES = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,8 @@ def setup(
     reason = refusal(run, mesh)
     if reason is not None:
         raise ValueError(f"mesh {mesh_name(mesh)}: {reason}")
+    if sequences is not None and sequences < 1:
+        raise ValueError(f"{sequences} sequences in a micro-batch must be at least 1")
     ways = math.prod(mesh[axis] for axis in BATCH_AXES)
     wanted = int(run.batch_size.phases[-1].end)
     if sequences is None:
@@ -190,7 +194,7 @@ def setups(run: Run, cluster: Cluster) -> Iterator[Setup]:
         if cut_nodes(mesh, cluster.accelerator.node):
             continue
         ways = math.prod(mesh[axis] for axis in BATCH_AXES)
-        for sequences in (1, 2, 4, 8):
+        for sequences in SEQUENCES:
             # Only micro-batches whose step is no larger than with a sequence on every device.
             if rounded_up(wanted, ways * sequences) > rounded_up(wanted, cluster.devices):
                 continue

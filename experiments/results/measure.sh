@@ -7,8 +7,9 @@
 #   measure.sh loss DIR     one GPU, long: FP8 and rounded branches trained beside BF16
 #   measure.sh mesh DIR     all GPUs of the host: meshes and dispatch beside NCCL
 #
-# Every command writes a JSON file with its commit and date into DIR and its words beside it. One that
-# fails does not stop the others. Two parts run side by side on two GPUs with CUDA_VISIBLE_DEVICES.
+# Every command writes a JSON file into DIR, nearly all with commit and date, and its words beside it.
+# One that fails does not stop the others. Two parts run side by side on two GPUs with
+# CUDA_VISIBLE_DEVICES.
 set -uo pipefail
 
 part="${1:?which part: cpu, train, kernels, loss or mesh}"

@@ -39,6 +39,8 @@ class ConvergenceArgs(Output):
 def study_convergence(args: ConvergenceArgs) -> None:
     """The command `study convergence`."""
     args.check()
+    if min(args.ratios, default=0) < 1:
+        raise ValueError(f"--ratios {args.ratios} must be at least 1")
     sections = [
         sms(args.sms), node_limits(args.ratios, args.limits), in_network(), pcie(args.kv)
     ]  # fmt: skip

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from deepseek_jax.config import Precision
 from experiments.planning.choose import prediction
 from experiments.planning.setup import setup
-from experiments.planning.work import STACK_PASSES
+from experiments.planning.work import STACK_PASSES, step_work
 from experiments.recipes import deepseek_v3
 from sharding.hardware import cluster
 from sharding.pipeline import Times, dualpipe, simulate
@@ -34,7 +34,7 @@ class Machine:
     sms: int = 132
     communication_sms: int = 20
     engine: bool = False  # communication needs no SM
-    products: float = 1.0  # speed of FP8 and BF16 products over the H800's
+    fp8: float = 1.0  # speed of FP8 products over the H800's
     nic: float = 50e9  # bytes per second and direction
     nvlink: float = 200e9
     reached: float = 0.8  # of both, by large messages: 40 and 160 GB/s
@@ -118,17 +118,20 @@ APART = ("optimizer", "casts of weights")
 
 
 @functools.cache
-def chunk_work() -> tuple[float, float]:
-    """Seconds of products and of memory traffic of a chunk, forward and backward, on all SMs."""
+def chunk_work() -> tuple[float, float, float]:
+    """Seconds of products in FP8 and in BF16 and of memory traffic of a chunk, forward and
+    backward, on all SMs."""
     run = dataclasses.replace(deepseek_v3(), precision=Precision.of("fp8"))
     mesh = {"data": 1, "fsdp": 32, "expert": 64, "tensor": 1}
     made = setup(run, cluster("h800x2048"), mesh, sequences=1)
     parts = prediction(made).work_by_part
     memory = sum(parts[part] * share for part, share in MEMORY.items())
-    products = sum(parts[part] for part in parts if part not in (*MEMORY, *APART))
+    in_fp8 = {item.part for item in step_work(made) if item.flops_fp8}
+    fp8 = sum(parts[part] for part in in_fp8)
+    bf16 = sum(parts[part] for part in parts if part not in (*MEMORY, *APART, *in_fp8))
     # As many tokens for a device, of all layers instead of a stage's.
     chunks = made.accumulation * STAGES
-    return products / chunks, memory / chunks
+    return fp8 / chunks, bf16 / chunks, memory / chunks
 
 
 def chunk_communication(machine: Machine) -> float:
@@ -146,8 +149,8 @@ def chunk_communication(machine: Machine) -> float:
 
 def chunk_times(machine: Machine = H800) -> Times:
     """A chunk's times for the schedule: by itself nothing is hidden, in a pair all that can be."""
-    products, memory = chunk_work()
-    work = products / machine.products * machine.sms / machine.computing_sms + memory
+    fp8, bf16, memory = chunk_work()
+    work = (fp8 / machine.fp8 + bf16) * machine.sms / machine.computing_sms + memory
     sending = chunk_communication(machine)
     return Times(
         forward=work / 3 + sending / 2,

@@ -35,7 +35,8 @@ def damage(cluster: Cluster, *, policy: Policy = "adaptive", **broken) -> Damage
     return Damage(
         cut_off=int(alone_MI.sum()),
         nodes_apart=apart,
-        slowdown=seconds[1] / seconds[0],
+        # Where nothing is sent, as by a single node, nothing is slower.
+        slowdown=seconds[1] / seconds[0] if seconds[0] else 1.0,
         longer=after.hops() - cluster.hops(),
     )
 

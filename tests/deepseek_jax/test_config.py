@@ -122,6 +122,16 @@ def test_a_schedule_hits_both_ends_of_its_phases_and_keeps_its_last_value():
     np.testing.assert_allclose(at, expected, rtol=1e-6)
 
 
+def test_a_phase_that_stays_as_it_is_is_exact_all_along():
+    # 12 (1 - x) + 12 x is 11.999... for many x, and a step of so many sequences one too short.
+    schedule = Schedule((Phase(1e9, 12, 12), Phase(1e9, 12, 24)))
+    for tokens in np.arange(0, 1_000_000_000, 393_216):
+        assert schedule.at(float(tokens)) == 12
+    run = make_run(TINY, batch=12)
+    run = dataclasses.replace(run, batch_size=schedule)
+    assert {run.accumulation_at(n * 1536) for n in range(60)} == {1}
+
+
 def test_a_phase_without_tokens_is_a_jump():
     schedule = Schedule((Phase(100, 0.3, 0.3), Phase(0, 0.1, 0.1)))
     assert float(schedule.at(99)) == np.float32(0.3)

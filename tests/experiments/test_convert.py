@@ -130,6 +130,8 @@ def test_a_run_is_exported_and_trained_on_from(trained, tmp_path):
     code, _, err = runs.call("launch", "tiny", "--from", trained.run, "--run", tmp_path / "x")
     assert code == 2 and "`convert" in err
     assert runs.call("convert", trained.run, out, "--format", "fp32")[0] == 0
+    tokenizer = out / "tokenizer.json"
+    assert tokenizer.read_bytes() == (trained.run / "tokenizer.json").read_bytes()
     _, state = load_run(RunDirectory(trained.run))
     loaded = leaves(load_huggingface(out))
     for path, value in jax.tree_util.tree_leaves_with_path(state.ema):

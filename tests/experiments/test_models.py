@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments.models import chat_config, chat_prompt
+from experiments.models import begin_tokens, chat_config, chat_prompt
 
 # In the manner of V3's: a namespace that is set in a loop, methods of strings, roles.
 TEMPLATE = """{% set ns = namespace(system='') %}
@@ -44,6 +44,22 @@ def test_a_conversation_that_the_template_refuses_is_one_line():
 def test_templates_that_are_damaged_or_reach_for_more_are_refused(template):
     with pytest.raises(ValueError, match="the chat template is damaged"):
         chat_prompt({"chat_template": template}, [said("user", "Hi")])
+
+
+def test_texts_begin_with_the_token_that_the_checkpoint_names(tmp_path):
+    class Tokenizer:
+        def encode(self, text, *, special):
+            assert special
+            return [{"<bos>": 7}[text]]
+
+    assert begin_tokens(tmp_path, Tokenizer()) == ()
+    config = tmp_path / "tokenizer_config.json"
+    for added, bos, found in (
+        (True, "<bos>", (7,)), (True, {"content": "<bos>"}, (7,)), (False, "<bos>", ()),
+        (True, None, ()),
+    ):  # fmt: skip
+        config.write_text(json.dumps({"add_bos_token": added, "bos_token": bos}))
+        assert begin_tokens(tmp_path, Tokenizer()) == found
 
 
 def test_the_template_is_that_of_the_checkpoint(tmp_path):

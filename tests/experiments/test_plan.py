@@ -61,6 +61,10 @@ def test_the_plan_in_json_holds_the_bytes_of_the_formulas(planned):
         ("--cluster h100x8", "nothing fits h100x8"),
         ("--cluster h200x2048 --mesh fsdp=2048 --zero 2", "--zero 2 must be 1 or 3"),
         ("--cluster h200x8 --mesh expert=8 --target tpu", "--target 'tpu' must be cpu or gpu"),
+        ("--cluster h200x2048 --zero 1", "--zero 1 needs --mesh"),
+        ("--cluster h200x2048 --mesh fsdp=32,expert=64 --sequences 0", "0 sequences in a micro-b"),
+        ("--cluster h200x2048 --sequences 3", "1, 2, 4, 8 sequences are tried, not 3"),
+        ("--cluster h200x2048 --remat ful", "remat='ful' must be one of"),
         ("--cluster h200x8 --decode --batch 0", "--batch 0 and --context 4096 must be at least 1"),
     ],
 )
@@ -104,6 +108,20 @@ def test_decoding_holds_the_latent_cache_and_a_share_of_the_experts():
     assert decode_mesh(run, where)["expert"] == 64
     held = 58 * 4 * 3 * 7168 * 2048 * (1 + 4 / 128**2)
     assert rows["routed experts"]["GiB a device"] == pytest.approx(held / 2**30)
+
+
+def test_few_tokens_read_the_experts_that_they_chose():
+    run, where = recipe("peer")(None), cluster("h200x1")
+    seconds = {}
+    for batch in (1, 1024):
+        rows = {r["what"]: r for r in decode_rows(run, where, None, batch=batch, context=1)}
+        seconds[batch] = rows["routed experts"]["us a token"]
+    chosen = run.config.experts_per_token / run.config.num_experts
+    assert seconds[1] == pytest.approx(chosen * seconds[1024], rel=1e-3)
+    # Both halves of the batch read all other weights.
+    assert rows["two half-batches, one computing while the other sends"]["us a token"] > 1.5 * (
+        rows["one after the other"]["us a token"]
+    )
 
 
 def test_a_layers_exchange_is_the_papers_speed_limit():

@@ -1,8 +1,10 @@
 """Processes that meet, agree, are lost by name and resume; batch scripts and manifests."""
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -97,6 +99,34 @@ def test_who_does_not_arrive_is_named_to_all():
     assert "process 0 of 2 on a does not answer at 127.0.0.1" in lonely[1]
 
 
+def test_a_stranger_who_knocks_changes_nothing():
+    group = places(2)
+    port = int(group[0].coordinator.rpartition(":")[2]) + 1
+    silent = []
+
+    def knock():
+        for said in (b"", b"GET / HTTP/1.1\r\n\r\n", b"[7, 3]\n", None):
+            deadline = time.monotonic() + 10
+            while time.monotonic() < deadline:
+                with contextlib.suppress(OSError):
+                    link = socket.create_connection(("127.0.0.1", port), timeout=1)
+                    silent.append(link)
+                    if said is not None:
+                        link.sendall(said)
+                        link.close()
+                    break
+
+    first = threading.Thread(target=lambda: found.update(meeting(group[:1], 30)))
+    found = {}
+    first.start()
+    knock()
+    found.update(meeting(group[1:], 30))
+    first.join()
+    for link in silent:
+        link.close()
+    assert len(silent) == 4 and found[0] == found[1] and len(found[0]) == 2
+
+
 CHILD = """
 import os, sys, time
 index = int(os.environ["DEEPSEEK_JAX_PROCESS"][0])
@@ -171,13 +201,14 @@ def test_processes_that_end_well_end_the_program():
 
 def test_the_batch_script_holds_the_command_without_what_submits_it():
     words = ("launch", "tiny", "--submit", "slurm", "--nodes=4", "--devices-per-node", "8",
-             "--dry-run", "--mesh", "expert=32", "--set", "seq_len=64")
+             "--dry-run", "--mesh", "fsdp=4,expert=8", "--set", "seq_len=64", "micro_batch=32",
+             "batch_size=32")
     code, out, err = runs.call(*words)
     assert (code, err) == (0, "")
     assert "#SBATCH --nodes=4\n" in out and "#SBATCH --gpus-per-node=8\n" in out
     assert out.splitlines()[-1] == (
         "srun --kill-on-bad-exit=1 python -m experiments launch tiny --devices-per-node 8 "
-        "--mesh expert=32 --set seq_len=64"
+        "--mesh fsdp=4,expert=8 --set seq_len=64 micro_batch=32 batch_size=32"
     )
     # It is a script that a shell can read.
     subprocess.run(["bash", "-n"], input=out, text=True, check=True)
@@ -190,8 +221,29 @@ def test_the_manifest_gives_each_pod_what_its_process_needs():
     for line in ("kind: JobSet", "parallelism: 2", "completions: 2", "image: 'registry/it''s:1'",
                  "- 'launch'", 'value: "deepseek-jax-hosts-0-0.deepseek-jax:20000"'):
         assert f" {line}\n" in out or out.startswith(line) or f"\n{line}\n" in out, line
-    code, _, err = runs.call("launch", "--submit", "k8s", "--dry-run")
-    assert code == 2 and err.startswith("error: --submit k8s needs --image")
+    code, out, _ = runs.call("launch", "tiny", "--submit", "k8s", "--image", "a", "--volume",
+                             "claim=/shared", "--devices-per-node", "8", "--dry-run")
+    for line in ("mountPath: '/shared'", "claimName: 'claim'", "nvidia.com/gpu: 8",
+                 "- name: DEEPSEEK_JAX_ARRIVAL"):
+        assert code == 0 and f" {line}\n" in out, line
+    assert "--volume" not in out
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--submit k8s", "--submit k8s needs --image"),
+        ("--submit k8s --image a --volume claim", "--volume 'claim' must be CLAIM=PATH"),
+        ("tiiny --submit slurm", "unknown recipe 'tiiny'"),
+        ("tiny --submit slurm --mesh fsdp=32 --nodes 4 --devices-per-node 8",
+         "splits a batch over 32 devices, which must divide micro_batch=8"),
+        ("tiny --submit slurm --mesh expert=8 --nodes 2 --devices-per-node 3",
+         "mesh expert=8 makes 8 devices, the cluster has 6"),
+    ],
+)
+def test_what_no_host_would_run_is_not_submitted(words, message):
+    code, out, err = runs.call("launch", *words.split(), "--dry-run")
+    assert (code, out) == (2, "") and message in err and err.count("\n") == 1
 
 
 # Whole runs, in processes of their own.

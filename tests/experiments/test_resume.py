@@ -200,6 +200,16 @@ def test_sigterm_before_the_first_step_leaves_no_run(trained, compile_cache, tmp
     assert not (run / "config.json").exists() and not (run / ".lock").exists()
 
 
+def test_an_unfinished_run_that_has_lost_its_checkpoints_does_not_begin_again(trained, tmp_path):
+    run = shutil.copytree(trained.run, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints")
+    (run / "summary.json").unlink()
+    before = (run / "metrics.jsonl").read_bytes()
+    code, _, err = runs.call(*RESUME, run)
+    assert code == 2 and "checkpoints holds no checkpoint of this run" in err
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
 @pytest.mark.parametrize("lost", ["checkpoints", "metrics.jsonl"])
 def test_a_finished_run_without_what_it_goes_on_with_is_refused(trained, tmp_path, lost):
     run = shutil.copytree(trained.run, tmp_path / "run")

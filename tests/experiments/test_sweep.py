@@ -167,6 +167,11 @@ def test_measured_steps_are_ranked_against_predictions(tmp_path, monkeypatch):
     assert any("over 15 others: 1.000" in line for line in said), said
 
 
+def test_other_devices_do_not_stand_for_those_of_the_cluster():
+    code, _, err = call("sweep", "tiny", "--cluster", "h200x1", "--measure")
+    assert code == 2 and "needs 1 x NVIDIA H200, and this machine has" in err
+
+
 def test_a_setup_that_fails_is_a_row_with_its_reason_and_not_run_again(tmp_path, monkeypatch):
     calls = []
 

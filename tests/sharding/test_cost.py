@@ -46,12 +46,13 @@ def test_members_in_a_node_are_those_that_counting_devices_finds(axes, node):
     assert members_in_node(axes, mesh, node) == neighbours(axes, mesh, node)
 
 
-def test_a_ring_sends_all_but_one_part_and_a_sum_for_all_twice_that():
+def test_a_ring_sends_all_but_one_part_a_sum_for_all_twice_that_and_a_permute_everything():
     assert sent_bytes("all-gather", 80.0, 8) == 70.0
     assert sent_bytes("reduce-scatter", 80.0, 8) == 70.0
     assert sent_bytes("all-reduce", 80.0, 8) == 140.0
     assert sent_bytes("all-to-all", 80.0, 8) == 70.0
     assert sent_bytes("all-gather", 80.0, 1) == 0.0
+    assert sent_bytes("collective-permute", 80.0, 2) == 80.0
 
 
 def test_work_is_products_at_the_peak_of_their_format_and_bytes_at_the_bandwidth():

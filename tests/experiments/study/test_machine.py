@@ -40,8 +40,8 @@ def test_a_step_is_near_the_papers():
 
 
 def test_products_run_on_the_sms_that_are_left():
-    products, memory = chunk_work()
-    work = lambda machine: products * 132 / machine.computing_sms + memory
+    fp8, bf16, memory = chunk_work()
+    work = lambda machine: (fp8 + bf16) * 132 / machine.computing_sms + memory
     # Where work hides communication the step is proportional to work, but for lone chunks.
     engine, few = changed(engine=True), changed(communication_sms=18)
     assert step_seconds(engine) < step_seconds(few) + 1e-9 < step_seconds() + 0.3
@@ -72,7 +72,7 @@ def test_dispatch_is_the_slower_of_nic_and_nvlink(ratio, limit):
 EFFECTS = {
     "engine": (dict(engine=True), -1, 0),
     "few SMs": (dict(communication_sms=8), 1, 0),
-    "faster products": (dict(products=1.2), -1, 0),
+    "faster FP8 products": (dict(fp8=1.2), -1, 0),
     "slower NIC": (dict(nic=25e9), 1, 1),
     "faster NIC": (dict(nic=200e9), -1, -1),
     "slow NVLink": (dict(nvlink=50e9), 1, 0),
