@@ -96,7 +96,7 @@ def facts(records: Records) -> str:
         ("busiest expert over mean", records.last("busiest_over_mean", 100), "{:.2f}"),
         ("parameters", parameters.get("total"), None),
         ("active per token", parameters.get("active"), None),
-        ("steps skipped", float(np.nansum(records.scalars["skipped"])) or None, "{:.0f}"),
+        ("steps skipped", records.last("skipped") or None, "{:.0f}"),
     ]
     cells = [
         f"<div><dt>{name}</dt><dd>{form.format(value) if form else short(value)}</dd></div>"

@@ -112,7 +112,8 @@ def train(
         alone = jax.process_count() == 1
         # With several processes the runtime takes the signals, and all stop after the same step.
         signals = stack.enter_context(StopSignals()) if alone else StopSignals()
-        measure = Measure(run, bytes_per_token)
+        num_devices = 1 if devices.mesh is None else devices.mesh.size
+        measure = Measure(run, bytes_per_token, num_devices)
         pending = None  # metrics of the running step, read while the next one is under way
         for batch in chain(first, batches):
             if profile is not None and done == profile[0]:
@@ -245,9 +246,10 @@ def report(pending, measure, log, events, display, run: Run, names: list[str]) -
 class Measure:
     """Turns the device's metrics of a step into the line that is logged; its clock starts now."""
 
-    def __init__(self, run: Run, bytes_per_token: float):
+    def __init__(self, run: Run, bytes_per_token: float, num_devices: int = 1):
         self._bytes_per_token = bytes_per_token
-        self._peak = peak_flops(jax.devices()[0].device_kind)
+        peak = peak_flops(jax.devices()[0].device_kind)
+        self._peak = peak and peak * num_devices
         self._flops = {
             name: train_flops_per_token(run.config, run.seq_len, causal=causal, mtp=True)
             for name, causal in (("mfu_causal", True), ("mfu_full", False))

@@ -164,8 +164,8 @@ def cases(args: BenchDispatchArgs, count: int) -> Iterator[Case]:
 
 def exchange_times(count: int, found: Mapping[str, Row], *, seconds: float) -> Row:
     """torch's microseconds by bytes, or why there are none."""
-    sizes = sorted({rounded(b, count) for row in found.values()
-                    for b in row.get("bytes", {}).values()})  # fmt: skip
+    sizes = sorted({exchanged(leaving, count) for row in found.values()
+                    for leaving in row.get("leaving", {}).values()})  # fmt: skip
     if not sizes:
         return {}
     port = str(free_port())
@@ -190,9 +190,12 @@ def exchange_times(count: int, found: Mapping[str, Row], *, seconds: float) -> R
             process.wait()
 
 
-def rounded(num_bytes: float, count: int) -> int:
-    """Whole parts of a multiple of 128 bytes for each device."""
-    return max(round(num_bytes / count / 128), 1) * 128 * count
+def exchanged(leaving: float, count: int) -> int:
+    """Bytes of one exchange among all devices by which as many leave each of them.
+
+    Whole parts of a multiple of 128 bytes for each device.
+    """
+    return max(round(leaving / (count - 1) / 128), 1) * 128 * count
 
 
 def table(
@@ -211,8 +214,8 @@ def table(
                 yield {**where, "direction": name, "note": row["errors"].get(name)}
                 continue
             us, num_bytes = row["us"][name], row["bytes"][name]
-            theirs = peers.get(str(rounded(num_bytes, count)))
-            leaving = num_bytes * (count - 1) / count
+            leaving = row["leaving"][name]
+            theirs = peers.get(str(exchanged(leaving, count)))
             yield {
                 **where, "direction": name, "us": us, "MB": num_bytes / 1e6, "filled": full,
                 "GB/s": leaving / us / 1e3, "NCCL us": theirs,

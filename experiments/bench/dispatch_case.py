@@ -51,6 +51,7 @@ class Direction(NamedTuple):
     function: Callable[[Any, tuple[Layout, ...]], Any]
     operands: Callable[[], Any]
     bytes: float  # of the buffers of a device, or of their rows that travel
+    leaving: float  # of these, what goes to other devices
 
 
 class Begun(NamedTuple):
@@ -111,13 +112,14 @@ def timed(begun: Begun | Exception) -> Row:
     """Microseconds, bytes and errors of each direction."""
     if isinstance(begun, Exception):
         raise begun
-    found: Row = {"filled": begun.filled, "us": {}, "bytes": {}, "errors": {}}
+    found: Row = {"filled": begun.filled, "us": {}, "bytes": {}, "leaving": {}, "errors": {}}
     for name, direction in begun.directions.items():
         try:
             run, operands = begun.programs[name].result(), direction.operands()
             taken = seconds(lambda run=run, operands=operands: run(operands, begun.layouts))
             found["us"][name] = 1e6 * taken / begun.repeats[name]
             found["bytes"][name] = direction.bytes
+            found["leaving"][name] = direction.leaving
         except Exception as error:
             found["errors"][name] = brief(error)
     return found
@@ -169,7 +171,10 @@ def directions(
     tokens = (lambda: codes_of(values(T)(), mesh)) if quantized else values(T)
     leaves = jax.tree.leaves(jax.eval_shape(lambda: as_sent(tokens())))
     row = sum(leaf.dtype.itemsize * leaf.shape[1] for leaf in leaves)
-    sent, plain = (each * sum(travelling) for each in (row, 2 * D))
+    # Of a hop's buffer all but the part for the device itself leaves it.
+    parts = [1 - 1 / len(hop.groups[0]) for hop in hops]
+    outside = sum(rows * part for rows, part in zip(travelling, parts, strict=True))
+    sent, plain = ((each * sum(travelling), each * outside) for each in (row, 2 * D))
     across = over(hops, lambda x, route: cross(as_sent(x), route))
     there = over(hops, lambda x, route: received(send(as_sent(x), route)))
     back = over(hops, lambda y, route: combine(y, route, wire))
@@ -178,14 +183,14 @@ def directions(
         lambda x: function(x, layouts), jnp.zeros((rows, D), g.dtype)
     )[1](g)[0]
     return {
-        "dispatch": Direction(across(False), tokens, sent),
-        "combine": Direction(back(False), values(slots[-2]), plain),
-        "to experts": Direction(there(True), tokens, sent),
-        "from experts": Direction(back(True), values(slots[-1]), plain),
+        "dispatch": Direction(across(False), tokens, *sent),
+        "combine": Direction(back(False), values(slots[-2]), *plain),
+        "to experts": Direction(there(True), tokens, *sent),
+        "from experts": Direction(back(True), values(slots[-1]), *plain),
         "dispatch backward": Direction(
-            gradient(over(hops, dispatch)(False), T), values(slots[-2]), plain
+            gradient(over(hops, dispatch)(False), T), values(slots[-2]), *plain
         ),
-        "combine backward": Direction(gradient(back(False), slots[-2]), values(T), sent),
+        "combine backward": Direction(gradient(back(False), slots[-2]), values(T), *sent),
     }
 
 

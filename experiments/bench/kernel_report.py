@@ -24,9 +24,11 @@ def verdict(bar: str, found: float, limit: float, *, most: bool = False) -> dict
     return {"bar": bar, "found": found, "limit": limit, "holds": bool(holds)}
 
 
-def figures(work: Mapping[str, float], microseconds: float) -> dict[str, float]:
-    """TFLOP/s and GB/s of work (flops, bytes) that took so long."""
-    found = {"us": microseconds, "GB/s": work["bytes"] / microseconds / 1e3}
+def figures(work: Mapping[str, float | None], microseconds: float) -> dict[str, float]:
+    """TFLOP/s and GB/s of work (flops, bytes where they are known) that took so long."""
+    found = {"us": microseconds}
+    if work["bytes"] is not None:
+        found["GB/s"] = work["bytes"] / microseconds / 1e3
     return found | ({"TFLOP/s": work["flops"] / microseconds / 1e6} if work["flops"] else {})
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,6 +175,8 @@ def time_cases(
             failed.append(f"{where}: {brief(error)}")
         for name, microseconds in times.items():
             work = {"flops": case.flops, "bytes": case.bytes}
+            if case.flops and name != next(iter(case.programs)):
+                work["bytes"] = None  # others move other bytes for the same product
             row = {"section": case.section, "shape": case.shape, "kernel": name}
             row |= figures(work, microseconds)
             key = "FLOP/byte" if case.flops else "MB"
@@ -193,21 +196,30 @@ def time_cases(
 
 
 def calls_of(case: Case, peers: bool, failed: list[str]) -> dict[str, Call]:
-    """What to time; operands of equal specs are one array. What does not run once is left out."""
+    """What to time, on the same arrays. What does not run once is left out.
+
+    Operands of one call are different arrays even where their specs are equal: what is read twice
+    would come from the cache the second time.
+    """
     made: dict[Any, np.ndarray] = {}
     placed: dict[int, jax.Array] = {}
 
-    def host(operand: Operand) -> np.ndarray:
-        if isinstance(operand, np.ndarray):
-            return operand
-        key = (operand.shape, str(operand.dtype))
-        if key not in made:
-            made[key] = random_array(operand)
-        return made[key]
+    def hosts(operands: Sequence[Operand]) -> list[np.ndarray]:
+        found, seen = [], Counter()
+        for operand in operands:
+            if not isinstance(operand, np.ndarray):
+                spec = operand.shape, str(operand.dtype)
+                key = *spec, seen[spec]
+                seen[spec] += 1
+                if key not in made:
+                    made[key] = random_array(operand)
+                operand = made[key]
+            found.append(operand)
+        return found
 
     def ours(program: Program) -> Call:
         compiled = program.compile()
-        arrays = [host(operand) for operand in program.operands]
+        arrays = hosts(program.operands)
         for array in arrays:
             if id(array) not in placed:
                 placed[id(array)] = for_jax(array)
@@ -225,7 +237,7 @@ def calls_of(case: Case, peers: bool, failed: list[str]) -> dict[str, Call]:
 
     def theirs(prepare: Callable, operands: tuple[Operand, ...]) -> Call:
         torch = import_torch()
-        run = prepare(torch, *(for_torch(torch, host(operand)) for operand in operands))
+        run = prepare(torch, *(for_torch(torch, array) for array in hosts(operands)))
         return Call(run, torch=True)
 
     makers = {name: functools.partial(ours, program) for name, program in case.programs.items()}

@@ -7,6 +7,7 @@ run again, so they can come from several machines and days.
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import tempfile
@@ -20,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.config import ModelConfig, Precision, Run, Schedule
+from deepseek_jax.config import ModelConfig, Precision, Run, Schedule, to_json
 from deepseek_jax.counts import param_counts
 from deepseek_jax.training import TrainState, init_state
 from experiments.data import TokenShards, prefetch, prepare
@@ -117,11 +118,25 @@ def curves_of(
         print(f"tokens   {shards.train.num_tokens:,} in {args.write_tokens}")
         return None
     args.out.mkdir(parents=True, exist_ok=True)
+    for name in pieces:
+        if curve_file(args.out, name).is_file():
+            there = json.loads(curve_file(args.out, name).read_text()).get("of")
+            if there != identity(base):
+                raise ValueError(f"{curve_file(args.out, name)} is the curve of another recipe, "
+                                 "data or number of steps: name another --out")  # fmt: skip
     missing = [name for name in args.only or pieces if not curve_file(args.out, name).is_file()]
     if missing:
         train_missing(base, [pieces[name] for name in missing], args, measure)
     return {name: json.loads(curve_file(args.out, name).read_text())
             for name in pieces if curve_file(args.out, name).is_file()}
+
+
+def identity(run: Run) -> str:
+    """What all pieces of a benchmark have in common, in short: other curves are not theirs."""
+    alike = dataclasses.replace(
+        run, seed=0, precision=Precision(), config=dataclasses.replace(run.config, vocab_size=1)
+    )
+    return hashlib.sha256(json.dumps(to_json(alike)).encode()).hexdigest()[:16]
 
 
 def curve_file(folder: Path, name: str) -> Path:
@@ -167,7 +182,7 @@ def train_piece(
     """The training and validation loss of one run."""
     source, step = batch_source(run, shards), step_of(run)
     due = set(np.linspace(0, run.steps, args.evaluations + 1).round().astype(int)[1:].tolist())
-    losses, validation = [], []
+    losses, validation, aside = [], [], 0.0
     with display_of(run, piece.name) as display:
         batches = prefetch(lambda plan: make_batch(run, source, *plan), plan_batches(run, 0))
         try:
@@ -179,11 +194,15 @@ def train_piece(
                     jax.block_until_ready(state)
                     began = time.perf_counter()
                 if number in due:
+                    jax.block_until_ready(state)
+                    paused = time.perf_counter()
                     validation.append((number, validation_loss(run, state, shards, args)))
+                    aside += time.perf_counter() - paused
                     display.update({"step": number, "loss": float(losses[-1])})
         finally:
             batches.close()
-    seconds = time.perf_counter() - began
+    jax.block_until_ready(state)
+    seconds = time.perf_counter() - began - aside
     losses = np.asarray(jax.device_get(losses), np.float64)
     if not np.isfinite(losses).all():
         raise ValueError(f"{piece.name}: the loss of step {int(np.argmin(np.isfinite(losses))) + 1}"
@@ -196,7 +215,8 @@ def train_piece(
         "parameters": counts.total,
         "active": counts.active,
         "device": jax.devices()[0].device_kind,
-        "seconds": seconds,  # of all steps but the first
+        "seconds": seconds,  # of all steps but the first, without validation
+        "of": identity(run),
         "skipped": int(state.skipped),
         **measure(piece, Trained(run, state, batch, step_of)),
         "loss": losses.round(5).tolist(),

@@ -65,7 +65,8 @@ def bench_train(args: BenchTrainArgs) -> None:
         seconds.append(time.perf_counter() - began)
     if int(metrics["lost"]):
         raise ValueError(f"dispatch had no room at {devices.scheme.room:g} times an even load")
-    measured = figures(run, statistics.median(seconds), compiled_in, planned_bytes(step))
+    count = 1 if devices.mesh is None else devices.mesh.size
+    measured = figures(run, statistics.median(seconds), compiled_in, planned_bytes(step), count)
     row = {"devices": str(devices), **measured}
     row["loss"] = float(metrics["loss"])
     print_table([row], title=f"bench train {args.recipe}", json_path=args.json)
@@ -103,11 +104,17 @@ def random_batch(run: Run) -> dict[str, np.ndarray]:
     return {"tokens": tokens.astype(np.int32)}
 
 
-def figures(run: Run, seconds: float, compiled_in: float, planned: int) -> dict[str, Any]:
-    """The row of a timed step. TFLOP/s count the causal triangle only (counts.py)."""
+def figures(
+    run: Run, seconds: float, compiled_in: float, planned: int, num_devices: int = 1
+) -> dict[str, Any]:
+    """The row of a timed step: tokens/s of all devices, everything else of one.
+
+    TFLOP/s count the causal triangle only (counts.py).
+    """
     device = jax.devices()[0]
     tokens = run.accumulation_at(0) * run.micro_batch * run.seq_len
-    flops = train_flops_per_token(run.config, run.seq_len, causal=True, mtp=True) * tokens
+    flops = train_flops_per_token(run.config, run.seq_len, causal=True, mtp=True)
+    flops *= tokens / num_devices
     peak = peak_flops(device.device_kind)
     counts = param_counts(run.config)
     stats = device.memory_stats() or {}

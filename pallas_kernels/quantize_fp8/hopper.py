@@ -233,6 +233,8 @@ def _body(*refs, form, tiles, shape, blocks):
                 half = pl.ds(piece * 64, 64)
                 x = transposed(tile_smem.at[tile_slot(slot)], half, identity_smem)
                 if form.codes:
+                    # The next tile takes the place of this one, of which both halves were read.
+                    meet()
                     factor = mosaic.load(row_smem.at[slot], BY_COLUMN)
                     x = x * lax.broadcast_in_dim(factor, x.shape, (1,))
                 if form.codes and form.masked:

@@ -47,6 +47,8 @@ def test_bytes_are_those_of_the_buffers_that_are_exchanged(wire, bytes_of_a_toke
     # Two nodes of two devices: room for every token twice, then for those of both nodes twice.
     assert found["dispatch"].bytes == (2 + 4) * 24 * bytes_of_a_token
     assert found["combine"].bytes == (2 + 4) * 24 * 256
+    # Of each hop's buffer half goes to the other device of its group.
+    assert found["dispatch"].leaving == (2 + 4) / 2 * 24 * bytes_of_a_token
     assert len(filled) == 2 and 0 < filled[1] < filled[0] <= 1
     ragged = {**case, "ragged": True}
     less = dispatch_case.directions(ragged, mesh, layouts, filled)
@@ -104,15 +106,17 @@ def plausible(case):
     us = case.tokens * (0.6 if case.wire == "fp8" else 1.0)
     size = case.tokens * 2 * case.width * (1 if case.wire == "bf16" else 0.516)
     return {"filled": [0.9], "us": dict.fromkeys(case.directions, us), "errors": {},
-            "bytes": dict.fromkeys(case.directions, size)}  # fmt: skip
+            "bytes": dict.fromkeys(case.directions, size),
+            "leaving": dict.fromkeys(case.directions, size / 2)}  # fmt: skip
 
 
 def test_rows_stand_beside_the_same_bytes_and_bars_beside_the_worst():
     todo = list(dispatch.cases(ARGS, 2))
     found = {case.key: plausible(case) for case in todo}
     found[todo[0].key] = {"error": "it hung"}
-    peers = {str(dispatch.rounded(size, 2)): 0.85 * size / 2 / 7168
+    peers = {str(dispatch.exchanged(size / 2, 2)): 0.85 * size / 2 / 7168
              for row in found.values() for size in row.get("bytes", {}).values()}  # fmt: skip
+    assert dispatch.exchanged(3 * 1280, 4) == 4 * 1280
     rows = list(dispatch.table(todo, found, 2, peers))
     assert rows[0]["note"] == "it hung"
     row = next(r for r in rows if (r["width"], r["tokens"], r["wire"]) == (7168, 32768, "bf16"))

@@ -115,3 +115,5 @@ def test_pieces_are_trained_once_and_compared(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pieces, "train_missing", None)
     residual.bench_residual(args)
     assert json.loads((tmp_path / "out.json").read_text()) == first
+    with pytest.raises(ValueError, match="bf16-0.json is the curve of another recipe, data or"):
+        residual.bench_residual(dataclasses.replace(args, steps=4))

@@ -120,7 +120,7 @@ def test_utilisation_is_operations_done_over_operations_possible(monkeypatch):
     clock = iter([100.0, 102.0])
     monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(train, "peak_flops", lambda kind: 1e12)
-    measure = train.Measure(TINY, bytes_per_token=4.0)
+    measure = train.Measure(TINY, bytes_per_token=4.0, num_devices=4)
     counts_LE = np.array([[1, 1, 1, 1], [3, 1, 0, 0]], np.int32)
     metrics = {"loss": np.float32(2.0), "expert_counts_LE": counts_LE,
                "bad_tensor": np.int32(-1), "grad_norm": np.float32(1.5)}
@@ -129,7 +129,7 @@ def test_utilisation_is_operations_done_over_operations_possible(monkeypatch):
     assert entry["seconds"] == 2.0 and entry["tokens_per_second"] == rate
     for name, causal in (("mfu_causal", True), ("mfu_full", False)):
         flops = train_flops_per_token(TINY.config, TINY.seq_len, causal=causal, mtp=True)
-        assert entry[name] == pytest.approx(rate * flops / 1e12)
+        assert entry[name] == pytest.approx(rate * flops / 4e12)
     assert entry["mfu_causal"] < entry["mfu_full"]
     assert entry["bits_per_byte"] == pytest.approx(2.0 / math.log(2) / 4)
     assert entry["busiest_over_mean"] == 3.0
