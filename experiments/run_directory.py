@@ -101,9 +101,10 @@ class RunDirectory:
           step: of the last checkpoint; a run that was killed early may have none yet.
         """
         metrics = self.path / "metrics.jsonl"
-        # The first checkpoint is whole at the latest when the second one is begun.
+        # The first checkpoint is whole at the latest when the second one has begun, which is after
+        # its step is recorded.
         steps = max((line["step"] for line in metrics_lines(metrics)), default=0)
-        saved = steps >= 2 * run.checkpoint_every or (self.path / "summary.json").exists()
+        saved = steps > 2 * run.checkpoint_every or (self.path / "summary.json").exists()
         if step is None and saved:
             raise ValueError(f"{self.checkpoints} holds no checkpoint of this run: {LOST}")
         if step and not metrics.exists():
