@@ -46,6 +46,11 @@ class Devices(NamedTuple):
     mesh: Mesh | None
     scheme: Scheme
 
+    @property
+    def size(self) -> int:
+        """How many devices."""
+        return 1 if self.mesh is None else self.mesh.size
+
     def scope(self):
         """Programs traced inside run on the mesh."""
         return scope(self.mesh, self.scheme)
@@ -56,8 +61,7 @@ class Devices(NamedTuple):
 
     def __str__(self) -> str:
         first = jax.devices()[0]
-        count = self.mesh.size if self.mesh is not None else 1
-        kind = f"{count} x {first.device_kind} ({first.platform})"
+        kind = f"{self.size} x {first.device_kind} ({first.platform})"
         if self.mesh is None:
             return f"{kind}, no mesh"
         nodes = f", expert over {self.scheme.expert_nodes} nodes"

@@ -112,8 +112,7 @@ def train(
         alone = jax.process_count() == 1
         # With several processes the runtime takes the signals, and all stop after the same step.
         signals = stack.enter_context(StopSignals()) if alone else StopSignals()
-        num_devices = 1 if devices.mesh is None else devices.mesh.size
-        measure = Measure(run, bytes_per_token, num_devices)
+        measure = Measure(run, bytes_per_token, devices.size)
         pending = None  # metrics of the running step, read while the next one is under way
         for batch in chain(first, batches):
             if profile is not None and done == profile[0]:

@@ -65,8 +65,8 @@ def bench_train(args: BenchTrainArgs) -> None:
         seconds.append(time.perf_counter() - began)
     if int(metrics["lost"]):
         raise ValueError(f"dispatch had no room at {devices.scheme.room:g} times an even load")
-    count = 1 if devices.mesh is None else devices.mesh.size
-    measured = figures(run, statistics.median(seconds), compiled_in, planned_bytes(step), count)
+    measured = figures(run, statistics.median(seconds), compiled_in, planned_bytes(step),
+                       devices.size)
     row = {"devices": str(devices), **measured}
     row["loss"] = float(metrics["loss"])
     print_table([row], title=f"bench train {args.recipe}", json_path=args.json)
