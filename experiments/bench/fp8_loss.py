@@ -141,9 +141,12 @@ def compare(curves: Curves) -> list[dict[str, Any]]:
     add("attention", Piece("bf16", 0, ATTENTION), Piece("bf16", 0))
     known = [value for value in formats if value is not None]
     if known:
-        mean = float(np.mean(known))
+        mean, error = float(np.mean(known)), ""
+        if len(known) > 1:
+            # How far such a mean lies from that of all seeds: the verdict is worth no more than it.
+            error = f" +- {np.std(known, ddof=1) / len(known) ** 0.5:.3%}"
         rows.append({"what differs": "precision", "pair": f"mean of {len(known)}",
-                     "gap": f"{mean:+.3%}", "holds": abs(mean) < MOST_GAP})
+                     "gap": f"{mean:+.3%}{error}", "holds": abs(mean) < MOST_GAP})
     return rows
 
 

@@ -28,6 +28,7 @@ from experiments.data import TokenShards, prefetch, prepare
 from experiments.data.batches import ValidationBatches
 from experiments.display import TrainingDisplay
 from experiments.eval import summed_loss, trained_model
+from experiments.provenance import provenance
 from experiments.recipes import warmup_and_decay
 from experiments.tables import write_json
 from experiments.train import CompiledSteps, batch_source, make_batch, plan_batches
@@ -214,7 +215,7 @@ def train_piece(
         "tokens": run.steps * tokens_of(run),
         "parameters": counts.total,
         "active": counts.active,
-        "device": jax.devices()[0].device_kind,
+        **provenance(),
         "seconds": seconds,  # of all steps but the first, without validation
         "of": identity(run),
         "skipped": int(state.skipped),
@@ -258,7 +259,7 @@ def piece_row(name: str, curve: dict[str, Any]) -> dict[str, Any]:
     """The row of a piece."""
     return {
         "piece": name,
-        "device": curve["device"],
+        "card": curve["card"],
         "active": curve["active"],
         "tokens": curve["tokens"],
         "tokens/s": curve["tokens"] * (1 - 1 / curve["steps"]) / curve["seconds"],

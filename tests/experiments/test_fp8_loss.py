@@ -17,7 +17,7 @@ def curve(piece, factor=1.0, points=8):
     """A validation curve that falls from 4 to 3, times a factor."""
     losses = factor * np.linspace(4, 3, points)
     return {**piece._asdict(), "validation": list(enumerate(losses.tolist(), start=1)),
-            "steps": points, "tokens": 1000 * points, "active": 1, "device": "cpu",
+            "steps": points, "tokens": 1000 * points, "active": 1, "card": "cpu",
             "seconds": 1.0, "skipped": 0, "loss": losses.tolist()}
 
 
@@ -47,6 +47,9 @@ def test_the_verdict_is_on_the_mean_of_the_pairs(factors, holds):
     assert [row["what differs"] for row in rows] == [
         "precision", "precision", "seed", "attention", "precision"]
     assert rows[-1]["pair"] == "mean of 2" and rows[-1]["holds"] == holds
+    # The standard error of a mean of two is half of their difference.
+    error = 100 * abs(factors[0] - factors[1]) / 2
+    assert rows[-1]["gap"].endswith(f"+- {error:.3f}%")
 
 
 def test_what_is_missing_is_not_compared():
