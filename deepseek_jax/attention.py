@@ -25,6 +25,7 @@ from pallas_kernels.mla_attention import (
     mla_attention_forward,
 )
 from pallas_kernels.mosaic import target
+from pallas_kernels.products import einsum
 from sharding import local, shard
 from sharding.placement import on_several_devices
 
@@ -198,32 +199,28 @@ def absorbed(attention: Attention, q_BTNH, q_BTNR, cache_BSY, start_B) -> Activa
     w_k_NHC, w_v_NUC = jnp.split(wkv_b_NXC, [config.content_head_dim], axis=1)
     T, S = q_BTNH.shape[1], cache_BSY.shape[1]
     few = few_rows.is_little_attention(q_BTNH, cache_BSY)
-    einsum = few_rows.einsum_in_sums if few else jnp.einsum
+    in_products = lambda signature, x, weight: einsum(signature, x, weight, x.dtype)
+    product = few_rows.einsum_in_sums if few else in_products
     look = look_in_sums if few else look_in_products
-    q_BTNC = einsum("BTNH,NHC->BTNC", q_BTNH, w_k_NHC)
+    q_BTNC = product("BTNH,NHC->BTNC", q_BTNH, w_k_NHC)
     q_BTNY = jnp.concatenate((q_BTNC, q_BTNR), axis=-1)
     last_BT = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
     seen_BTS = jnp.arange(S, dtype=jnp.int32)[None, None, :] <= last_BT[:, :, None]
     z_BTNC = look(config, q_BTNY, cache_BSY, seen_BTS)
-    o_BTNU = einsum("BTNC,NUC->BTNU", z_BTNC, w_v_NUC.astype(z_BTNC.dtype))
+    o_BTNU = product("BTNC,NUC->BTNU", z_BTNC, w_v_NUC.astype(z_BTNC.dtype))
     return to_e5m6(o_BTNU) if fp8.is_quantized(attention.wo_DNU[...]) else o_BTNU
 
 
 def look_in_products(config: ModelConfig, q_BTNY, cache_BSY, seen_BTS) -> jax.Array:
     """softmax(q c) c over the cached latents c, as two products."""
-    score_BNTS = softmax_scale(config) * jnp.einsum(
-        "BTNY,BSY->BNTS", q_BTNY, cache_BSY, preferred_element_type=jnp.float32
-    )
+    score_BNTS = softmax_scale(config) * einsum("BTNY,BSY->BNTS", q_BTNY, cache_BSY)
     score_BNTS = jnp.where(seen_BTS[:, None], score_BNTS, -jnp.inf)
     # The softmax is divided by its sum after the values: two passes less over the scores.
     top_BNT1 = jnp.max(score_BNTS, axis=-1, keepdims=True)
     weight_BNTS = jnp.exp(score_BNTS - top_BNT1)
     total_BNT1 = jnp.sum(weight_BNTS, axis=-1, keepdims=True)
     # Rotated keys are among the values and dropped: a slice of the cache would be a copy.
-    z_BNTY = jnp.einsum(
-        "BNTS,BSY->BNTY", weight_BNTS.astype(cache_BSY.dtype), cache_BSY,
-        preferred_element_type=jnp.float32,
-    )
+    z_BNTY = einsum("BNTS,BSY->BNTY", weight_BNTS.astype(cache_BSY.dtype), cache_BSY)
     z_BNTC = (z_BNTY[..., : config.kv_latent_dim] / total_BNT1).astype(cache_BSY.dtype)
     return z_BNTC.swapaxes(1, 2)
 

@@ -55,7 +55,13 @@ class Checkpoints:
 
         Raises:
           OSError: a checkpoint, this one or the one before, could not be written.
+          ValueError: there is a later one already, which would stay the last.
         """
+        if self.latest is not None and step <= self.latest:
+            raise ValueError(
+                f"{self.directory} holds a checkpoint of step {self.latest}, and step {step} is "
+                "not after it: name another folder"
+            )
         # The copy is made now: the train step donates the state it is given.
         tree = jax.tree.map(lambda x: x.copy(), as_tree(state))
 

@@ -25,7 +25,7 @@ from deepseek_jax.decoding import (
 )
 from deepseek_jax.drafting import first_ahead
 from deepseek_jax.few_rows import MOST_SUMMED
-from deepseek_jax.latent_cache import empty_cache
+from deepseek_jax.latent_cache import check_format, empty_cache
 from deepseek_jax.model import Model
 from deepseek_jax.sampling import Sampling
 from pallas_kernels.mosaic import target
@@ -229,6 +229,8 @@ class Text:
             raise ValueError(f"{temperature=} draws at random: pass key=jax.random.key(seed)")
         if draft and not config.num_mtp:
             raise ValueError("draft=True needs a model with MTP modules: this one has num_mtp=0")
+        format = model.precision.activations if cache_format is None else cache_format
+        check_format(format)
         self._sampling = Sampling.of(temperature, top_k, top_p, min_p)
         mesh = mesh_of(model)
         # Inside a scope the mesh is given.
@@ -249,7 +251,6 @@ class Text:
         capacity = capacity_of(longest + max_new_tokens + self._depth + 1)
         tokens_BS = np.zeros((prompt_BT.shape[0], capacity), np.int32)
         tokens_BS[:, : prompt_BT.shape[1]] = prompt_BT
-        format = model.precision.activations if cache_format is None else cache_format
         begin = _begin(tokens_BS.shape, config, format, draft, model.dtype, mesh)
         self.state = begin(
             tokens_BS, self.lengths_B, self.lengths_B + np.int32(max_new_tokens),
@@ -316,8 +317,9 @@ def check_prompt(
     if not np.iterable(stop):
         raise ValueError(f"{stop=} must be a list of tokens: [{stop}]")
     lengths_B = np.full((B,), T) if lengths_B is None else np.asarray(lengths_B)
-    if lengths_B.shape != (B,) or not ((lengths_B >= 1) & (lengths_B <= T)).all():
-        raise ValueError(f"lengths_B={lengths_B.tolist()} must be {B} numbers from 1 to {T}")
+    whole = np.issubdtype(lengths_B.dtype, np.integer) and lengths_B.shape == (B,)
+    if not whole or not ((lengths_B >= 1) & (lengths_B <= T)).all():
+        raise ValueError(f"lengths_B={lengths_B.tolist()} must be {B} whole numbers from 1 to {T}")
     if max_new_tokens < 1:
         raise ValueError(f"{max_new_tokens=} must be at least 1")
     longest = int(lengths_B.max())

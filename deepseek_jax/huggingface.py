@@ -8,9 +8,9 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -82,9 +82,8 @@ def load_leaf(checkpoint: Checkpoint, path, leaf, mesh, *, allow_nan: bool) -> A
     if not is_stored(leaf):
         return load_array(checkpoint, name, leaf.dtype, where, allow_nan=allow_nan)
     codes = load_array(checkpoint, name, E4M3, where, allow_nan=allow_nan)
-    return dataclasses.replace(
-        leaf, codes=codes, scale=jax.device_put(checkpoint.scales(name), whole)
-    )
+    scale = jax.device_put(checkpoint.scales(name, allow_nan=allow_nan), whole)
+    return dataclasses.replace(leaf, codes=codes, scale=scale)
 
 
 def load_array(
@@ -114,23 +113,37 @@ def save_huggingface(
     *,
     format: Format = "bf16",
     tokenizer: str | os.PathLike | None = None,
+    bos: int | None = None,
+    eos: int | Sequence[int] | None = None,
 ) -> None:
     """Writes a checkpoint folder: shards, index, config.json, and a copy of a tokenizer.json.
 
     The folder appears under its name when it is complete. Norms, routers, embedding and head stay
     in BF16 in the format "fp8", routing biases in FP32 in all of them.
+
+    Args:
+      bos: the token that texts begin with, for config.json; None where there is none.
+      eos: the token or tokens that end a text. Without one readers do not stop by themselves.
+
+    Raises:
+      ValueError: the folder exists, the format is not known, or config.json has no word for a
+        field of the model.
+      OSError: the tokenizer cannot be read, or the folder not be written.
     """
+    if format not in get_args(Format):
+        raise ValueError(f"{format=} must be one of {get_args(Format)}")
     path = Path(path)
     record = config_record(model.config, format=format)
+    record |= {"bos_token_id": bos, "eos_token_id": eos if eos is None else np.array(eos).tolist()}
     with complete_folder(path) as folder:
-        write_json(folder / "config.json", record)
+        write_json(folder / "config.json", dict(sorted(record.items())))
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, folder / "tokenizer.json")
         shards = plan_shards(list(export_specs(model.config, format)))
         arrays = export_arrays(model, format)
         for name, specs in shards.items():
             write_file(folder / name, specs, (next(arrays) for _ in specs))
         write_index(folder, shards)
-        if tokenizer is not None:
-            shutil.copyfile(tokenizer, folder / "tokenizer.json")
 
 
 class complete_folder:

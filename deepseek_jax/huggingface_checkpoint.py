@@ -99,28 +99,40 @@ class Checkpoint:
     def piece(self, entry: Entry, path: str, dims, window, *, codes: bool = False) -> np.ndarray:
         """A window of one released tensor in the shape and order of our array."""
         letters = letters_of(path)[-len(dims) :] if dims else ""
-        rows, columns = slice(*window[0]), slice(None)
+        # Read whole: what lies within a head, and a dimension whose rotary part is put in order.
+        read = list(window)
+        if len(dims) == 3:
+            inner = letters.index("N") + 1
+            read[inner] = (0, dims[inner])
+        rotary = not interleaved(self.record) and letters in ("NAD", "NAQ", "YD")
+        axis = letters.index("Y" if "Y" in letters else "A") if rotary else 0
+        if rotary:
+            read[axis] = (0, dims[axis])
+        rows, columns = slice(*read[0]), slice(None)
         if len(dims) == 2:
-            columns = slice(*window[1])
+            columns = slice(*read[1])
         elif len(dims) == 3:
-            width = dims[letters.index("N") + 1]
-            heads = window[letters.index("N")]
-            merged = slice(heads[0] * width, heads[1] * width)
-            rows, columns = (
-                (merged, slice(*window[2])) if letters[0] == "N" else (rows, merged)
-            )
+            merged = slice(*(head * dims[inner] for head in read[inner - 1]))
+            rows, columns = (merged, slice(*read[2])) if inner == 1 else (rows, merged)
         array = self.read(entry, rows, columns, codes=codes)
-        array = array.reshape([last - first for first, last in window])
-        if not interleaved(self.record) and letters in ("NAD", "NAQ", "YD"):
-            array = pairs_from_halves(array, letters.index("Y" if "Y" in letters else "A"),
-                                      self.config.rotary_head_dim)
-        return array
+        array = array.reshape([last - first for first, last in read])
+        if rotary:
+            array = pairs_from_halves(array, axis, self.config.rotary_head_dim)
+        cut = (slice(*(at - first for at in part))
+               for part, (first, _) in zip(window, read, strict=True))  # fmt: skip
+        return array[tuple(cut)]
 
-    def scales(self, path: str) -> np.ndarray:
+    def scales(self, path: str, *, allow_nan: bool = False) -> np.ndarray:
         """The scales of all blocks of one of our arrays in FP8, layers and experts first."""
         own = self.by_array(path)
         lead = [max(entry.index[i] for entry in own) + 1 for i in range(len(own[0].index))]
         stored = np.stack([self.scale(entry).read().astype(np.float32) for entry in own])
+        for entry, scale in zip(own, stored, strict=True):
+            if not allow_nan and not is_finite(scale):
+                raise ValueError(
+                    f"tensor {entry.name + SCALE} holds NaN or infinite values: repair it, or "
+                    "allow them"
+                )
         return stored.reshape(*lead, *stored.shape[1:])
 
     def by_array(self, path: str) -> list[Entry]:

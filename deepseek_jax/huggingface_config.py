@@ -17,6 +17,8 @@ FAMILIES = {
     "glm4_moe_lite": "sigmoid",  # GLM-4.7-Flash
     "deepseek_v2": "softmax",  # V2, V2-Lite
 }
+# Whose groups of experts a config.json must name: readers' defaults for it differ.
+GROUPED = ("deepseek_v3",)
 # Our field and theirs, where nothing has to be converted.
 SIZES = {
     "vocab_size": "vocab_size",
@@ -93,7 +95,7 @@ def model_config(record: dict[str, Any]) -> ModelConfig:
       ValueError: an unknown model type or field, or a value that this model cannot follow.
     """
     family = record.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"config.json: {family=} is not known: use one of {', '.join(FAMILIES)}")
     known = {*SIZES.values(), *FIXED, *IGNORED, *READ}
     unknown = sorted(set(record) - known)
@@ -109,18 +111,18 @@ def model_config(record: dict[str, Any]) -> ModelConfig:
     heads = record.get("num_key_value_heads")
     if heads not in (None, values["num_heads"]):
         raise ValueError(f"config.json: num_key_value_heads={heads} must be num_attention_heads")
-    theta, yarn = _rope(record)
     try:
+        theta, yarn = _rope(record)
         return ModelConfig(
             **values,
             **_router(record, FAMILIES[family]),
             latent_norm_eps=LATENT_NORM_EPS,
             num_dense_layers=_dense_layers(record, values["num_layers"]),
-            num_mtp=record.get("num_nextn_predict_layers", record.get("num_mtp_layers")) or 0,
+            num_mtp=_mtp_layers(record),
             rope_theta=theta,
             yarn=yarn,
         )
-    except TypeError as error:
+    except (TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"config.json: a field has a value of another type: {error}") from error
 
 
@@ -153,6 +155,10 @@ def _router(record: dict[str, Any], score: str) -> dict[str, Any]:
     grouped = {"noaux_tc": True, "group_limited_greedy": True, "greedy": False}
     if method not in grouped or (method == "noaux_tc") != (score == "sigmoid"):
         raise ValueError(f"config.json: {method=} is no way to choose experts by {score}")
+    if record["model_type"] in GROUPED:
+        for field in ("n_group", "topk_group"):
+            if field not in record:
+                raise ValueError(f"config.json: field {field} is missing")
     groups = record.get("n_group") or 1
     kept = record.get("topk_group") or groups
     return {
@@ -178,6 +184,13 @@ def _dense_layers(record: dict[str, Any], num_layers: int) -> int:
     return min(count, num_layers)
 
 
+def _mtp_layers(record: dict[str, Any]) -> int:
+    count = record.get("num_nextn_predict_layers", record.get("num_mtp_layers")) or 0
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise ValueError(f"config.json: num_nextn_predict_layers={count!r} must be a whole number")
+    return count
+
+
 def _rope(record: dict[str, Any]) -> tuple[float, Yarn | None]:
     """theta and YaRN from rope_parameters, or from the older rope_theta and rope_scaling."""
     rope = record.get("rope_scaling") or record.get("rope_parameters") or {}
@@ -198,9 +211,13 @@ def _rope(record: dict[str, Any]) -> tuple[float, Yarn | None]:
     original = record.get("original_max_position_embeddings") or rope.get(
         "original_max_position_embeddings", length
     )
+    if isinstance(original, bool) or not isinstance(original, int) or original < 1:
+        raise ValueError(
+            f"config.json: original_max_position_embeddings={original!r} must be a positive number"
+        )
     factor = float(rope["factor"] if rope.get("factor") is not None else length / original)
-    if factor < 1.0:
-        raise ValueError(f"config.json: {factor=} of YaRN must be at least 1")
+    if not 1.0 <= factor < math.inf:
+        raise ValueError(f"config.json: {factor=} of YaRN must be at least 1 and finite")
     mscale, all_dim = rope.get("mscale") or 0.0, rope.get("mscale_all_dim") or 0.0
     # Without both, cos and sin are multiplied by 0.1 ln(factor) + 1; the softmax knows one alone.
     amplitude = rope.get("attention_factor")

@@ -70,12 +70,16 @@ class LatentCache:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
+def check_format(format: str) -> None:
+    if format not in FORMATS:
+        raise ValueError(f"unknown cache format {format!r}: use {', '.join(FORMATS)}")
+
+
 def empty_cache(
     config: ModelConfig, batch: int, length: int, format: str = "bf16", *, layers: int | None = None
 ) -> LatentCache:
     """Room for `length` tokens of each sequence in all layers, or in so many."""
-    if format not in FORMATS:
-        raise ValueError(f"unknown cache format {format!r}: use {', '.join(FORMATS)}")
+    check_format(format)
     C, R, Y = config.kv_latent_dim, config.rotary_head_dim, config.cache_dim
     lead = (config.num_layers if layers is None else layers, batch, length)
     zeros = lambda size, dtype: jnp.zeros((*lead, size), dtype)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from deepseek_jax import few_rows, fp8
 from deepseek_jax.e5m6 import E5M6
 from deepseek_jax.fp8 import Quantized, QuantizedWeight
-from pallas_kernels import grouped_matmul_fp8, matmul_fp8
+from pallas_kernels import grouped_matmul_fp8, matmul_fp8, products
 from pallas_kernels.quantize_fp8 import Blocks, Tiles, quantize_tiles
 from sharding import local
 
@@ -63,9 +63,7 @@ def einsum(signature: str, a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLi
         return few_rows.sums(signature, a, b).astype(dtype)
     if few_rows.packs_weights(*few_rows.letters(signature)[::2], a, b):
         return few_rows.weight_first(signature, a, b).astype(dtype)
-    # Without HIGHEST an FP32 product may run in TF32 on a GPU.
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.einsum(signature, a, b, precision=precision, preferred_element_type=dtype)
+    return products.einsum(signature, a, b, dtype)
 
 
 def _linear_fp8(signature: str, x: Quantized | E5M6, weight: QuantizedWeight) -> jax.Array:

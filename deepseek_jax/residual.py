@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.logfmt import round_to_logfmt
+from pallas_kernels.quantize_fp8.reference import AMAX_FLOOR
 from pallas_kernels.rounding import to_fp8
 
 TILE = 128
@@ -35,8 +36,9 @@ def _rounded_jvp(format, primals, tangents):
 def _round_to_fp8(x, dtype):
     wide = jnp.pad(x.astype(jnp.float32), [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % TILE)])
     tiles = wide.reshape(*x.shape[:-1], -1, TILE)
-    largest = jnp.max(jnp.abs(tiles), axis=-1, keepdims=True)
+    # The floor keeps the scale away from where it would be flushed to 0.
+    largest = jnp.maximum(jnp.max(jnp.abs(tiles), axis=-1, keepdims=True), jnp.float32(AMAX_FLOOR))
     # A product: some compilers make one of a division by a constant, others do not.
-    scale = jnp.where(largest > 0, largest, 1.0) * jnp.float32(1 / float(jnp.finfo(dtype).max))
+    scale = largest * jnp.float32(1 / float(jnp.finfo(dtype).max))
     back = to_fp8(tiles / scale, dtype).astype(jnp.float32) * scale
     return back.reshape(wide.shape)[..., : x.shape[-1]].astype(x.dtype)

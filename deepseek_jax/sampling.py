@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+COLDEST = 1e-30  # well above the FP32 numbers that a device may take for 0
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -20,10 +22,10 @@ class Sampling:
     @classmethod
     def of(cls, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None):
         """Checked; temperature 0 is greedy, and a rule that keeps every token is left out."""
-        if not 0.0 <= temperature < float("inf"):
-            raise ValueError(f"{temperature=} must be 0 or positive")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"{top_k=} must be at least 1")
+        if not (temperature == 0.0 or COLDEST <= temperature < float("inf")):
+            raise ValueError(f"{temperature=} must be 0 (greedy) or at least {COLDEST}")
+        if top_k is not None and (int(top_k) != top_k or top_k < 1):
+            raise ValueError(f"{top_k=} must be a whole number of at least 1")
         if top_p is not None and not 0.0 < top_p <= 1.0:
             raise ValueError(f"{top_p=} must be above 0 and at most 1")
         if min_p is not None and not 0.0 <= min_p <= 1.0:
@@ -32,8 +34,8 @@ class Sampling:
             return cls()
         values = (jnp.float32(temperature),
                   None if top_k is None else jnp.int32(top_k),
-                  None if top_p is None else jnp.float32(top_p),
-                  None if min_p is None else jnp.float32(min_p))  # fmt: skip
+                  None if top_p in (None, 1.0) else jnp.float32(top_p),
+                  None if min_p in (None, 0.0) else jnp.float32(min_p))  # fmt: skip
         return cls(*values)
 
 
@@ -41,9 +43,12 @@ def log_probabilities(logits: Float[Array, "... V"], sampling: Sampling) -> jax.
     """log p of the distribution that is drawn from, -inf for tokens that a rule excludes.
 
     In order: temperature; the top_k most likely; of those, the fewest whose probabilities reach
-    top_p; those at least min_p times as likely as the most likely.
+    top_p; those at least min_p times as likely as the most likely. Tokens as likely as the last
+    that is kept are kept with it.
     """
-    logits = logits.astype(jnp.float32) / sampling.temperature
+    logits = logits.astype(jnp.float32)
+    # The largest becomes 0, which no temperature makes infinite.
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampling.temperature
     if sampling.top_k is not None or sampling.top_p is not None:
         ordered = -jnp.sort(-logits, axis=-1)
         rank = jnp.arange(logits.shape[-1], dtype=jnp.int32)

@@ -25,7 +25,7 @@ from deepseek_jax.huggingface_blocks import dequantize, is_finite, quantize
 from deepseek_jax.huggingface_checkpoint import INDEX, SCALE, Checkpoint, open_checkpoint
 from deepseek_jax.huggingface_config import QUANTIZATION, tied
 from deepseek_jax.tensor_files import DTYPES, Spec, Tensor, write_file
-from experiments.eval import load_run, trained_model
+from experiments.eval import load_run, run_tokenizer, trained_model
 from experiments.models import is_checkpoint
 from experiments.run_directory import RunDirectory
 
@@ -89,11 +89,11 @@ def export_run(args: ConvertArgs) -> None:
             "export it first, then list what was written"
         )
     directory = RunDirectory(args.source)
+    given = {}
+    if directory.tokenizer.is_file():
+        given = {"tokenizer": directory.tokenizer, "eos": run_tokenizer(directory).eos}
     model = trained_model(*load_run(directory))
-    save_huggingface(
-        model, args.destination, format=args.format or "bf16",
-        tokenizer=directory.tokenizer if directory.tokenizer.is_file() else None,
-    )  # fmt: skip
+    save_huggingface(model, args.destination, format=args.format or "bf16", **given)
     print(f"written to {args.destination}")
 
 
@@ -188,7 +188,8 @@ def conversions(
         if format is None or (format == "fp8" and scale is not None):
             yield Spec(name, tensor.dtype, tensor.shape), finite
             if scale is not None:
-                yield Spec(scale.name, scale.dtype, scale.shape), scale.read
+                scales = functools.partial(checked, scale, allow_nan)
+                yield Spec(scale.name, scale.dtype, scale.shape), scales
             continue
         if entry is None and name in checkpoint.unused and tensor.num_bytes == 0:
             continue
@@ -216,7 +217,9 @@ def checked(tensor: Tensor, allow_nan: bool) -> np.ndarray:
 def plain_values(tensor: Tensor, scale: Tensor | None, allow_nan: bool) -> np.ndarray:
     """The numbers that a tensor stands for, FP32 where it is in FP8 blocks."""
     array = checked(tensor, allow_nan)
-    return array if scale is None else dequantize(array, scale.read(), slice(None), slice(None))
+    if scale is None:
+        return array
+    return dequantize(array, checked(scale, allow_nan), slice(None), slice(None))
 
 
 def last(both) -> np.ndarray:

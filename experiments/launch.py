@@ -164,7 +164,7 @@ def train_on(
     checkpoints = Checkpoints(directory.checkpoints, keep=run.keep_checkpoints)
     imported = recorded_import(args, directory)
     if args.resume:
-        directory.check_resumable(run, checkpoints.latest)
+        directory.check_resumable(checkpoints.latest)
         if checkpoints.latest is None:
             print(f"{directory.checkpoints} holds no checkpoint yet: training begins again")
     state = first_state(run, checkpoints, devices.mesh, imported=imported)
@@ -315,9 +315,12 @@ def describe(
     counts = param_counts(run.config)
     ready = [str(Path(path).resolve()) for path in run.data if is_shards(path)]
     made = [] if ready and len(ready) == len(run.data) else [directory.data.name]
+    stored = made + ready
     command = f"{program()} {shlex.join(sys.argv[1:])}"
     if args.resume:
         recorded = directory.read_config()
+        # Paths of data are of the folder that the run was started in.
+        stored = recorded["shards"]
         # Only a resume that changes something is needed to make the run again.
         same = recorded["run"] == to_json(run)
         command = recorded["command"] if same else f"{recorded['command']} && {command}"
@@ -330,7 +333,7 @@ def describe(
         "corpus": {"hash": shards.corpus_hash, "documents": shards.train.num_documents,
                    "tokens": shards.train.num_tokens, "bytes": shards.train.num_bytes},
         "tokenizer": shards.tokenizer_hash,
-        "shards": made + ready,
+        "shards": stored,
         "parameters": {"total": counts.total, "active": counts.active},
         "devices": [jax.devices()[0].device_kind],
         "versions": {"python": platform.python_version(), "jax": jax.__version__},

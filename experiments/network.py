@@ -25,6 +25,7 @@ from sharding.network.routing import Policy
 from sharding.network.slim_fly import slim_fly
 from sharding.network.topology import Topology, check_connected
 
+V3 = configs.deepseek_v3()
 KINDS = ("fat_tree_2", "fat_tree_3", "multi_plane", "multi_rail", "slim_fly", "dragonfly")
 # Beyond this many switches the search for a narrow cut takes minutes.
 MOST_SWITCHES = 3000
@@ -55,7 +56,8 @@ class NetworkArgs:
     pxn: bool = True
     """Messages of an all-to-all change GPU in the sender's node and leave by the target's NIC."""
     tokens: int = 4096
-    """Tokens of a GPU that dispatch sends to experts, where V3's 256 divide among the GPUs."""
+    """Tokens of a GPU that dispatch sends to experts, where V3's 256 divide among the GPUs and the
+    nodes that a token may go to hold its eight."""
     mib: float = 1.0
     """MiB of the message between every two GPUs; a ring gathers as much from each."""
     routing: Policy = "adaptive"
@@ -88,6 +90,9 @@ def network(args: NetworkArgs) -> None:
     if cluster is not None:
         rows = timings(cluster, args)
         print_table(rows, title=f"{cluster.num_gpus} GPUs, {args.routing} routing")
+        if experts_divide(cluster) and not experts_within_reach(cluster):
+            print(f"no dispatch: too few experts on the {V3.groups_per_token} nodes that a token "
+                  f"may go to, {V3.num_experts // cluster.num_nodes} on each")  # fmt: skip
         written["timings"] = rows
     if lost is not None:
         print_table([lost], title="with those parts broken")
@@ -179,6 +184,17 @@ def _first(topology: Topology, planes: int) -> Topology:
     )  # fmt: skip
 
 
+def experts_divide(cluster: Cluster) -> bool:
+    """Whether each GPU of several nodes can hold as many of V3's experts."""
+    return V3.num_experts % cluster.num_gpus == 0 and cluster.num_nodes > 1
+
+
+def experts_within_reach(cluster: Cluster) -> bool:
+    """Whether the nodes that a token may go to hold as many of V3's experts as it goes to."""
+    nodes = min(cluster.num_nodes, V3.groups_per_token)
+    return nodes * (V3.num_experts // cluster.num_nodes) >= V3.experts_per_token
+
+
 def timings(cluster: Cluster, args: NetworkArgs) -> list[dict[str, Any]]:
     """A row for each collective operation."""
     message = args.mib * MIB
@@ -188,9 +204,8 @@ def timings(cluster: Cluster, args: NetworkArgs) -> list[dict[str, Any]]:
             cluster, message * cluster.num_gpus, policy=args.routing
         ),
     }
-    config = configs.deepseek_v3()
-    if config.num_experts % cluster.num_gpus == 0 and cluster.num_nodes > 1:
-        width, per_gpu = config.model_dim, config.num_experts // cluster.num_gpus
+    if experts_divide(cluster) and experts_within_reach(cluster):
+        width, per_gpu = V3.model_dim, V3.num_experts // cluster.num_gpus
         expert_GTK = deepep_choices(cluster.num_nodes, args.tokens, args.gpus)
         traffic = grouped(expert_GTK // per_gpu, args.gpus)
         # FP8 with an FP32 scale for every 128, and BF16.

@@ -55,7 +55,7 @@ class PlanArgs:
     decode: bool = False
     """Plan decoding instead of training."""
     batch: int = 128
-    """Of --decode: requests of one device."""
+    """Of --decode: requests of one tensor group, which is a device where tensor is 1."""
     context: int = 4096
     """Of --decode: tokens in the cache of each request."""
     json: Path | None = None

@@ -5,6 +5,7 @@ stops the others: a survivor dies inside the runtime, where no `except` runs.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -96,18 +97,30 @@ def group(processes: int | None) -> list[Place]:
 def slurm_hosts(text: str) -> list[str]:
     """Host names from Slurm's short form.
 
-    >>> slurm_hosts("a[01-03,7],b")
-    ['a01', 'a02', 'a03', 'a7', 'b']
+    >>> slurm_hosts("a[01-03,7],b,r[1-2]n[1-2]-ib")
+    ['a01', 'a02', 'a03', 'a7', 'b', 'r1n1-ib', 'r1n2-ib', 'r2n1-ib', 'r2n2-ib']
     """
     hosts = []
-    for name, ranges in re.findall(r"([^,\[\]]+)(?:\[([^\]]*)\])?", text):
-        if not ranges:
-            hosts.append(name)
-        for part in filter(None, ranges.split(",")):
-            first, _, last = part.partition("-")
-            numbers = range(int(first), int(last or first) + 1)
-            hosts += [f"{name}{number:0{len(first)}}" for number in numbers]
+    for name in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text):
+        # Names and ranges in turn.
+        parts = [[part] for part in re.split(r"\[|\]", name)]
+        parts[1::2] = [numbers_of(ranges) for (ranges,) in parts[1::2]]
+        hosts += map("".join, itertools.product(*parts))
     return hosts
+
+
+def numbers_of(ranges: str) -> list[str]:
+    """Numbers of a list of ranges, as wide as the first of each is written.
+
+    >>> numbers_of("08-10,7")
+    ['08', '09', '10', '7']
+    """
+    numbers = []
+    for part in ranges.split(","):
+        first, _, last = part.partition("-")
+        span = range(int(first), int(last or first) + 1)
+        numbers += [f"{number:0{len(first)}}" for number in span]
+    return numbers
 
 
 def free_port() -> int:

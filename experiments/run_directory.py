@@ -94,7 +94,7 @@ class RunDirectory:
         """A run that goes on has not ended."""
         self.summary.unlink(missing_ok=True)
 
-    def check_resumable(self, run: Run, step: int | None) -> None:
+    def check_resumable(self, step: int | None) -> None:
         """Raises where the checkpoints of a run, or the metrics of its steps, are gone.
 
         Args:
@@ -104,7 +104,8 @@ class RunDirectory:
         # The first checkpoint is whole at the latest when the second one has begun, which is after
         # its step is recorded.
         steps = max((line["step"] for line in metrics_lines(metrics)), default=0)
-        saved = steps > 2 * run.checkpoint_every or (self.path / "summary.json").exists()
+        every = self.read_run().checkpoint_every
+        saved = steps > 2 * every or (self.path / "summary.json").exists()
         if step is None and saved:
             raise ValueError(f"{self.checkpoints} holds no checkpoint of this run: {LOST}")
         if step and not metrics.exists():

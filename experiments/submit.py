@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -75,8 +76,11 @@ srun --kill-on-bad-exit=1 python -m experiments {shlex.join(words)}
 def jobset(
     words: Sequence[str], nodes: int, devices: int | None, image: str, volume: str | None = None
 ) -> str:
-    """One pod on each node; JobSet gives the pods names by which they find the first."""
-    name, container, volumes = "deepseek-jax", "", ""
+    """One pod on each node; JobSet gives the pods names by which they find the first.
+
+    The set has a name of its own: under that of one that is there nothing would be begun.
+    """
+    name, container, volumes = f"deepseek-jax-{time.strftime('%Y%m%d-%H%M%S')}", "", ""
     if devices is not None:
         container = f"""
                 resources:
@@ -115,7 +119,7 @@ spec:
             spec:
               restartPolicy: Never
               containers:
-              - name: {name}
+              - name: train
                 image: {quoted(image)}
                 command: [python, -m, experiments]
                 args:{arguments}

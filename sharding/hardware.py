@@ -57,10 +57,12 @@ class Accelerator:
     devices_per_chip: int = 1
 
 
-# GPUs: NVIDIA datasheets; memory is what a program was seen to get. Links: NVLink 4 is 900 GB/s in
-# both directions together, cut to 400 in the H800; the usable 160 and 40 GB/s, and the latencies
-# of 64 bytes, are those of the paper (ISCA, sections 2.3 and 4.1, table 5). Between nodes a message
-# waits as long as the switches on its way say, on the fat trees of network/groups.py.
+# GPUs: NVIDIA datasheets; memory is what a program was seen to get. Links at nominal bandwidth:
+# NVLink 4 is 900 GB/s in both directions together, cut to 400 in the H800; a NIC has 400 Gbit/s. Of
+# the H800's 200 and 50 GB/s 160 and 40 are usable, which cost.Reached.network stands for; these and
+# the latencies of 64 bytes are those of the paper (ISCA, sections 2.3 and 4.1, table 5). Between
+# nodes a message waits as long as the switches on its way say, on the fat trees of
+# network/groups.py.
 # TPUs: Google Cloud TPU system pages (v5p, v6e, tpu7x). A chip's bidirectional bandwidth is halved
 # for one direction, and a collective along one mesh axis is given one dimension of the torus:
 # bandwidth / dimensions. Their data-centre network joins pods (50 or 100 Gbit/s a chip).
@@ -70,7 +72,7 @@ ACCELERATORS: dict[str, Accelerator] = {
     "h800": Accelerator(
         kind="NVIDIA H800", platform="gpu", flops_bf16=989e12, flops_fp8=1979e12,
         memory=79 * GIB, memory_bandwidth=3350 * GB, node=8,
-        inner=Link(160 * GB, 3.33e-6), outer=Link(40 * GB, 3.7e-6),
+        inner=Link(200 * GB, 3.33e-6), outer=_INFINIBAND,
     ),
     "h100": Accelerator(
         kind="NVIDIA H100", platform="gpu", flops_bf16=989e12, flops_fp8=1979e12,

@@ -116,13 +116,14 @@ def judge(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     cube = f"{CUBE} x {CUBE} x {CUBE}"
     here = [row["TFLOP/s"] for row in rows if row["shape"] == cube and row["kernel"] == BLOCK]
     if here:
-        for section, there in (
-            ("input gradient", INPUT_GRADIENT),
-            ("weight gradient", WEIGHT_GRADIENT),
+        for section, shape, there in (
+            ("input gradient", "4096 x {k} x {n}", INPUT_GRADIENT),
+            ("weight gradient", "{n} x {k} of 4096", WEIGHT_GRADIENT),
         ):
             found = tflops(rows, section)
-            scaled = [rate * CUBE_THERE / here[0] for rate in found]
-            over = [rate / d for rate, d in zip(scaled, there.values(), strict=False)]
+            names = {shape.format(n=n, k=k): rate for (n, k), rate in there.items()}
+            over = [found[name] * CUBE_THERE / here[0] / rate
+                    for name, rate in names.items() if name in found]  # fmt: skip
             if over:
                 bar = f"{section} over DeepGEMM there, geometric mean"
                 verdicts.append(verdict(bar, geometric_mean(over), 0.97))
@@ -134,10 +135,10 @@ def judge(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return verdicts
 
 
-def tflops(rows: Sequence[Mapping[str, Any]], section: str) -> list[float]:
-    """TFLOP/s of the first of ours for each shape of a section, in order."""
+def tflops(rows: Sequence[Mapping[str, Any]], section: str) -> dict[str, float]:
+    """TFLOP/s of the first of ours for each shape of a section."""
     found: dict[str, float] = {}
     for row in rows:
         if row["section"] == section and row["kernel"].startswith("ours"):
             found.setdefault(row["shape"], row["TFLOP/s"])
-    return list(found.values())
+    return found

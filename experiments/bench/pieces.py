@@ -12,7 +12,7 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,9 +127,30 @@ def curves_of(
                                  "data or number of steps: name another --out")  # fmt: skip
     missing = [name for name in args.only or pieces if not curve_file(args.out, name).is_file()]
     if missing:
-        train_missing(base, [pieces[name] for name in missing], args, measure)
+        train_missing(base, {name: pieces[name] for name in missing}, curves_there(pieces, args),
+                      args, measure)  # fmt: skip
+    curves = curves_there(pieces, args)
+    for name, curve in curves.items():
+        check_text(name, curve, next(iter(curves.values()))["text"], args.out)
+    return curves
+
+
+def curves_there(pieces: Mapping[str, Any], args: PieceArgs) -> Curves:
+    """The curves of the pieces that have been trained."""
     return {name: json.loads(curve_file(args.out, name).read_text())
-            for name in pieces if curve_file(args.out, name).is_file()}
+            for name in pieces if curve_file(args.out, name).is_file()}  # fmt: skip
+
+
+def text_of(shards: TokenShards, args: PieceArgs) -> dict[str, Any]:
+    """Which text a piece is trained and validated on; other text has other losses."""
+    return {"corpus": shards.corpus_hash[:16], "tokenizer": shards.tokenizer_hash[:16],
+            "validation_batches": args.validation_batches}  # fmt: skip
+
+
+def check_text(name: str, curve: dict[str, Any], text: dict[str, Any], folder: Path) -> None:
+    if curve["text"] != text:
+        raise ValueError(f"{curve_file(folder, name)} is of other text ({curve['text']}, not "
+                         f"{text}): name another --out")  # fmt: skip
 
 
 def identity(run: Run) -> str:
@@ -151,8 +172,10 @@ def prepared(base: Run, folder: Path) -> TokenShards:
     return shards
 
 
-def train_missing(base: Run, pieces: Sequence[Any], args: PieceArgs, measure=nothing_more) -> None:
-    """Each piece from its start to its curve on disk."""
+def train_missing(
+    base: Run, pieces: Mapping[str, Any], there: Curves, args: PieceArgs, measure=nothing_more
+) -> None:
+    """Each piece from its start to its curve on disk; those that are there are of the same text."""
     programs: dict[Run, CompiledSteps] = {}
     starts: dict[int, TrainState] = {}
 
@@ -165,8 +188,10 @@ def train_missing(base: Run, pieces: Sequence[Any], args: PieceArgs, measure=not
 
     with tempfile.TemporaryDirectory() as folder:
         shards = prepared(base, Path(folder) / "data")
+        for name, curve in there.items():
+            check_text(name, curve, text_of(shards, args), args.out)
         config = dataclasses.replace(base.config, vocab_size=shards.vocab_size)
-        for piece in pieces:
+        for piece in pieces.values():
             run = piece.of(dataclasses.replace(base, config=config))
             if run.seed not in starts:
                 # The same for all pieces of a seed, which therefore come one after another.
@@ -218,6 +243,7 @@ def train_piece(
         **provenance(),
         "seconds": seconds,  # of all steps but the first, without validation
         "of": identity(run),
+        "text": text_of(shards, args),
         "skipped": int(state.skipped),
         **measure(piece, Trained(run, state, batch, step_of)),
         "loss": losses.round(5).tolist(),

@@ -4,6 +4,7 @@
 R1, and the service figures that DeepSeek published, are named where they are meant.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +52,7 @@ class Claim:
     correct: Value = None
     # The file of RESULTS that the value comes from, where it takes a GPU or long training.
     recorded: str = ""
+    measured_by: str = "claims --measure experiments/results"  # the command that makes the file
     # Inputs with which the verdict must be another, which shows what it hangs on.
     otherwise: Mapping[str, Any] = field(default_factory=dict)
 
@@ -102,6 +104,16 @@ def decimals(number: float) -> int:
     return 0 if text.endswith(".0") else len(text.partition(".")[2])
 
 
+def cut(number: float, digits: int) -> float:
+    """What is left of a number without its further digits.
+
+    >>> cut(66.1, 0), cut(67.76, 0), cut(0.29, 2)
+    (66.0, 67.0, 0.29)
+    """
+    # 0.29 is less than 29 hundredths in binary.
+    return math.trunc(number * 10**digits + 1e-9) / 10**digits
+
+
 def within(fraction: float) -> Tolerance:
     """At most this fraction of the printed value away."""
     return Tolerance(
@@ -129,7 +141,7 @@ ROUNDED = Tolerance(
 )
 CUT = Tolerance(
     "printed digits, cut off or rounded",
-    lambda ours, printed: abs(ours - printed) < 10.0 ** -decimals(printed),
+    lambda ours, printed: printed in (round(ours, decimals(printed)), cut(ours, decimals(printed))),
 )
 AT_MOST = Tolerance("at most", lambda ours, printed: ours <= printed)
 NONE = Tolerance("-", lambda ours, printed: True)

@@ -207,7 +207,7 @@ def explained(result: Result) -> str:
         lines += ["", "inputs     " + ", ".join(f"{k}={show(v)}" for k, v in claim.inputs.items())]
     lines.append(f"computed by {where(claim)}")
     if claim.recorded:
-        said = origin(claim) or {"file": f"{claim.recorded}, which `claims --measure` makes"}
+        said = origin(claim) or {"file": f"{claim.recorded}, which `{claim.measured_by}` makes"}
         lines.append("recorded   " + ", ".join(str(value) for value in said.values() if value))
     if claim.otherwise and result.verdict not in (NOT_HERE, NOT_YET):
         ours = claim.compute(**{**claim.inputs, **claim.otherwise})

@@ -70,7 +70,7 @@ HOW = (
     "shared) x hidden / bandwidth; two micro-batches in turn, 61 layers. "
 )
 ENOUGH = Tolerance(
-    "claimed speed below the limit, limit at most 30 % above",
+    "limit at most 5 % below the claimed speed, at most 30 % above",
     lambda ours, printed: 0.95 * printed <= ours <= 1.3 * printed,
 )
 

@@ -1,8 +1,11 @@
 """A plan of decoding: bytes of a device and the time of one output token (ISCA, section 2.3).
 
-Requests are split over all devices; each holds the attention of its own (cut over `tensor`), and
-the experts of its place on the expert axis. Every device decodes one token of each of its requests
-at a time, on the latent cache; tokens go straight to the devices of their experts.
+Requests are split over tensor groups: devices that differ in their place on the tensor axis only,
+or a device alone where that axis is 1. A group decodes one token of each of its requests at a time.
+Its devices share heads and hidden channels, also those of the experts of their place on the expert
+axis, but each holds the latent cache of all the group's requests, for latents have no heads; what
+they add to the residual stream is summed over the group. Tokens go straight to the devices of their
+experts.
 """
 
 from collections.abc import Mapping
@@ -14,7 +17,7 @@ from experiments.planning.choose import REACHED
 from experiments.planning.setup import divisors, mesh_name, refusal
 from experiments.planning.traffic import token_bytes
 from experiments.planning.weights import Weight, shards, weights
-from sharding.cost import members_in_node
+from sharding.cost import Transfer, members_in_node, transfer_terms
 from sharding.hardware import Cluster
 from sharding.mesh import AXES
 from sharding.rules import is_router
@@ -42,7 +45,7 @@ def decode_rows(
     """Rows of the plan: bytes, and microseconds of one token.
 
     Args:
-      batch: requests of a device.
+      batch: requests of a tensor group.
       context: tokens in the cache of each.
     """
     if batch < 1 or context < 1:
@@ -97,21 +100,39 @@ def decode_rows(
         halves += 2 * max(seconds_of(part, 0.5))
         rows.append({"what": part, "GiB a device": size / GIB, "us a token": 1e6 * seconds,
                      "limited by": "memory" if reading >= computing else "products"})
-    sending = exchange_seconds(run, cluster, mesh, batch) * config.num_moe_layers
-    rows.append({"what": "dispatch and combine", "us a token": 1e6 * sending,
-                 "limited by": "network" if sending else None})
+    exchanges, sums = sending(run, cluster, mesh, batch)
+    rows.append({"what": "dispatch and combine", "us a token": 1e6 * exchanges,
+                 "limited by": "network" if exchanges else None})
+    if tensor > 1:
+        rows.append({"what": "tensor sums", "us a token": 1e6 * sums, "limited by": "network"})
     needs = sum(held.values())
     fits = "fits" if needs <= hardware.memory else f"does not fit {hardware.memory / GIB:.0f} GiB"
-    overlapped = max(halves, sending)
-    for name, seconds in (("one after the other", total + sending),
+    # Each half sends messages of its own.
+    overlapped = max(halves, 2 * sum(sending(run, cluster, mesh, batch / 2)))
+    for name, seconds in (("one after the other", total + exchanges + sums),
                           ("two half-batches, one computing while the other sends", overlapped)):
         rows.append({"what": name, "GiB a device": needs / GIB, "us a token": 1e6 * seconds,
                      "limited by": fits, "tokens/s of a request": 1 / seconds,
-                     "tokens/s of a device": batch / seconds})
+                     "tokens/s of a device": batch / tensor / seconds})
     return rows
 
 
-def exchange_seconds(run: Run, cluster: Cluster, mesh: Mapping[str, int], batch: int) -> float:
+def sending(
+    run: Run, cluster: Cluster, mesh: Mapping[str, int], batch: float
+) -> tuple[float, float]:
+    """Of all layers: dispatch and combine, and the sums over the tensor axis.
+
+    Two of these a layer, behind attention and behind the feed-forward, in BF16.
+    """
+    config, hardware = run.config, cluster.accelerator
+    exchanges = config.num_moe_layers * exchange_seconds(run, cluster, mesh, batch)
+    times = 2 * config.num_layers
+    moved = times * batch * config.model_dim * 2
+    sums = Transfer("tensor sums", "all-reduce", ("tensor",), moved, times, False)
+    return exchanges, transfer_terms(sums, mesh, hardware).at(REACHED[hardware.platform])
+
+
+def exchange_seconds(run: Run, cluster: Cluster, mesh: Mapping[str, int], batch: float) -> float:
     """One layer's dispatch and combine: each token to the K devices of its experts and back.
 
     FP8 codes go out with their scales where the recipe is FP8, BF16 comes back.

@@ -144,7 +144,8 @@ def trip_count(line: str, computations) -> int:
 def _collective(item: _Instruction, kind: str, times: int, mesh: Mapping[str, int]) -> Collective:
     members = first_group(item.line, math.prod(mesh.values()))
     axes, result = axes_of(members, mesh), item.result
-    if item.opcode.endswith("-start") and result.startswith("("):
+    # What starts gives back its operands, results and more; only a sum its results alone.
+    if item.opcode.endswith("-start") and kind != "all-reduce" and result.startswith("("):
         result = _elements(result)[1] if len(_elements(result)) > 1 else result
     arrays = tuple(_arrays(result))
     if kind == "reduce-scatter":

@@ -12,9 +12,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any
 
+from deepseek_jax.config import Run
 from experiments.planning import targets
 from experiments.planning.compile import setup_of, words_of
 from experiments.planning.setup import Setup
@@ -128,7 +130,6 @@ def measured_here(
 ) -> list[float]:
     """Times the step on devices of this process, after `compiled` has returned."""
     import jax
-    import numpy as np
 
     from deepseek_jax.training import init_state, make_train_step
     from experiments.planning.compile import abstract_arguments
@@ -143,10 +144,7 @@ def measured_here(
     shapes = abstract_arguments(setup, mesh)
     step = make_train_step(run, mesh, setup.scheme).lower(*shapes).compile()
     compiled()
-    where = shapes[1]["tokens"]
-    tokens = np.random.default_rng(run.seed).integers(0, run.config.vocab_size, where.shape)
-    batch = {"tokens": jax.device_put(tokens.astype(np.int32), where.sharding)}
-    state = init_state(run, mesh)
+    batch, state = random_batch(run, shapes[1]), init_state(run, mesh)
     seconds = []
     for _ in range(2 + steps):
         began = time.perf_counter()
@@ -154,6 +152,21 @@ def measured_here(
         jax.block_until_ready((state, metrics))
         seconds.append(time.perf_counter() - began)
     return seconds[2:]
+
+
+def random_batch(run: Run, shapes: Mapping[str, Any]) -> dict[str, Any]:
+    """Tokens at random, where the step wants them; in each sequence one document, if it asks."""
+    import jax
+    import numpy as np
+
+    tokens = np.random.default_rng(run.seed).integers(
+        0, run.config.vocab_size, shapes["tokens"].shape
+    )
+    values = {"tokens": tokens, "segments": np.zeros_like(tokens)}
+    return {
+        name: jax.device_put(values[name].astype(where.dtype), where.sharding)
+        for name, where in shapes.items()
+    }
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:

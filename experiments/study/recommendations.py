@@ -57,7 +57,8 @@ RECOMMENDATIONS = (
     Recommendation("6.5", "multicast for dispatch, sums for combine in the network", MULTICAST),
     Recommendation("6.5", "LogFMT in the network", MULTICAST),
     Recommendation("6.6", "DRAM stacked on logic, systems on a wafer", None,
-                   "the limits studied here are the network's; `plan` takes any memory bandwidth"),
+                   "the limits studied here are the network's; `plan` compares "
+                   "accelerators of different memory bandwidth"),
 )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.grouped_matmul.groups import group_of_block, is_real_row
+from pallas_kernels.products import einsum, precision_of
 
 # Blocks are taken together until their gathered weights (or weight gradients) reach this size:
 # one batched product is fastest on CPU, and its copy of a weight per block must not fill memory.
@@ -39,8 +40,9 @@ def by_rows(
         block_MK, group = args
         dims = (((1,), (contracted,)), ((), ()))
         product = jax.lax.dot_general(
-            block_MK, w_GNK[group], dims, preferred_element_type=jnp.float32
-        )
+            block_MK, w_GNK[group], dims, precision=precision_of(block_MK),
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
         return product.astype(x_MK.dtype)
 
     batch = max(1, BATCH_BYTES // (w_GNK[0].size * w_GNK.dtype.itemsize))
@@ -70,7 +72,7 @@ def by_contraction(
 
     def add(total_GNK, args):
         y_bMN, x_bMK, group_b = args
-        part_bNK = jnp.einsum("bmn,bmk->bnk", y_bMN, x_bMK, preferred_element_type=jnp.float32)
+        part_bNK = einsum("bmn,bmk->bnk", y_bMN, x_bMK)
         return total_GNK.at[group_b].add(part_bNK), None
 
     batches = (split(y_blocks), split(x_blocks), split(groups))

@@ -60,8 +60,9 @@ def encode_tiles(size, low, step, n: int):
 
     Between code 0 and code 1 the mean is not of 0 and low, but of low and one step less.
     """
-    above_low = jnp.log2(size) - jnp.log2(jnp.maximum(low, TINY))
-    steps = above_low / jnp.where(step > 0, step, jnp.ones_like(step))
+    # A tile of one magnitude has a step of 0, and codes of 1, also where its low was rounded down.
+    step = jnp.where(step > 0, step, jnp.ones_like(step))
+    steps = (jnp.log2(size) - jnp.log2(jnp.maximum(low, TINY))) / step
     # The number of the code below; one more from 0.9 on, where the mean lies below in any case.
     below = jnp.clip(jnp.round(steps - 0.4), -1, steps_of(n) - 1)
     middle = low * (0.5 + 0.5 * exp2(step)) * exp2(step * below)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.products import einsum
+
 # Scores of a chunk of queries (FP32) take at most this much; longer inputs go chunk by chunk and
 # recompute their scores in the backward pass, so that no T x S array exists.
 CHUNK_BYTES = 64 * 2**20
@@ -15,9 +17,7 @@ def scores(
     q_BTNA, k_BSNA, position_T, segments_BT, segments_BS, *, scale: float
 ) -> Float[Array, "B N T S"]:
     """scale * q k^T in FP32, -inf for what a query does not see."""
-    scores_BNTS = scale * jnp.einsum(
-        "BTNA,BSNA->BNTS", q_BTNA, k_BSNA, preferred_element_type=jnp.float32
-    )
+    scores_BNTS = scale * einsum("BTNA,BSNA->BNTS", q_BTNA, k_BSNA)
     position_S = jnp.arange(k_BSNA.shape[1], dtype=jnp.int32)
     visible_BNTS = (position_S[None, :] <= position_T[:, None])[None, None]
     if segments_BT is not None:
@@ -39,7 +39,7 @@ def attend(
     """softmax(scale * q k^T) v over the keys at or before each query, softmax in FP32."""
     scores_BNTS = scores(q_BTNA, k_BSNA, position_T, segments_BT, segments_BS, scale=scale)
     weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(v_BSNU.dtype)
-    o_BTNU = jnp.einsum("BNTS,BSNU->BTNU", weights_BNTS, v_BSNU, preferred_element_type=jnp.float32)
+    o_BTNU = einsum("BNTS,BSNU->BTNU", weights_BNTS, v_BSNU)
     return o_BTNU.astype(q_BTNA.dtype)
 
 
@@ -133,17 +133,14 @@ def backward(
         (q_BTNA, position_T, segments), (o_BTNU, do_BTNU, lse_BNT) = args
         scores_BNTS = scores(q_BTNA, k_BSNA, position_T, segments, segments_BT, scale=scale)
         p_BNTS = jnp.exp(scores_BNTS - lse_BNT[..., None])
-        product = lambda signature, a, b: jnp.einsum(
-            signature, a, b, preferred_element_type=jnp.float32
-        )
-        dp_BNTS = product("BTNU,BSNU->BNTS", do_BTNU, v_BSNU)
-        inner_BNT = product("BTNU,BTNU->BNT", do_BTNU, o_BTNU)
+        dp_BNTS = einsum("BTNU,BSNU->BNTS", do_BTNU, v_BSNU)
+        inner_BNT = einsum("BTNU,BTNU->BNT", do_BTNU, o_BTNU)
         ds_BNTS = (scale * p_BNTS * (dp_BNTS - inner_BNT[..., None])).astype(dtype)
         parts = (
-            product("BNTS,BTNA->BSNA", ds_BNTS, q_BTNA),
-            product("BNTS,BTNU->BSNU", p_BNTS.astype(dtype), do_BTNU),
+            einsum("BNTS,BTNA->BSNA", ds_BNTS, q_BTNA),
+            einsum("BNTS,BTNU->BSNU", p_BNTS.astype(dtype), do_BTNU),
         )
-        dq_BTNA = product("BNTS,BSNA->BTNA", ds_BNTS, k_BSNA).astype(dtype)
+        dq_BTNA = einsum("BNTS,BSNA->BTNA", ds_BNTS, k_BSNA).astype(dtype)
         return (parts if sums is None else jax.tree.map(jnp.add, sums, parts)), dq_BTNA
 
     queries = _chunks(q_BTNA, k_BSNA, segments_BT)

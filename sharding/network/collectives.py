@@ -114,7 +114,8 @@ def ring(
     """All-gather or reduce-scatter of `size_bytes` in rings through all nodes, one for each NIC.
 
     Both send (n - 1) / n of the size, in opposite directions, so they take the same time. Ring
-    i enters and leaves every node by NIC i; inside a node it passes from GPU to GPU.
+    i enters and leaves every node by NIC i; inside a node it passes from GPU to GPU. On one node it
+    closes there.
     """
     G, n = cluster.node.gpus, cluster.num_gpus
     routes = ring_routes(cluster, size_bytes, policy, order_M, parts, seed)
@@ -122,9 +123,11 @@ def ring(
     # A piece passes through all GPUs but one: from node to node, and inside nodes.
     between = cluster.node.link.of(cluster.hops() + 1)
     M = cluster.num_nodes
+    # Of the G rings through a GPU one leaves the node there.
+    handed_on = G - 1 if M > 1 else G
     return Timing(
         network=finish_seconds(routes, cluster.capacity_L),
-        nvlink=(G - 1) * hop_bytes / cluster.node.nvlink_rate,
+        nvlink=handed_on * hop_bytes / cluster.node.nvlink_rate,
         latency=(M - 1) * between + (n - M) * NVLINK.same_leaf,
         bytes_per_gpu=size_bytes,
     )

@@ -19,8 +19,8 @@ class Traffic(NamedTuple):
     """Token copies that move in a dispatch; in a combine the same ones move back."""
 
     copies_MMI: np.ndarray  # from node to node over NIC i; on the diagonal what stays at home
-    copies_out_MI: np.ndarray  # what GPU i of a node hands to GPUs of its node, itself too
-    copies_in_MI: np.ndarray  # what it is handed
+    copies_out_MI: np.ndarray  # what GPU i of a node hands to the others of its node
+    copies_in_MI: np.ndarray  # what they hand to it
 
 
 def grouped(gpu_GTK: np.ndarray, gpus: int) -> Traffic:
@@ -33,12 +33,9 @@ def grouped(gpu_GTK: np.ndarray, gpus: int) -> Traffic:
     copies_MMI = node_GTM.sum(1).reshape(M, gpus, M).transpose(0, 2, 1)
     found_GTG = np.zeros((G, T, G), bool)
     np.put_along_axis(found_GTG, gpu_GTK, True, axis=2)
-    pairs_GG = found_GTG.sum(1)
     # GPU g's copies for node b are handed on there by the GPU of g's number.
-    per_number_IG = pairs_GG.reshape(M, gpus, G).sum(0)
-    copies_out_MI = per_number_IG.reshape(gpus, M, gpus).sum(2).T
-    copies_in_MI = pairs_GG.sum(0).reshape(M, gpus)
-    return Traffic(copies_MMI, copies_out_MI, copies_in_MI)
+    handed_MIMJ = _handed(found_GTG.sum(1).reshape(M, gpus, M, gpus))
+    return Traffic(copies_MMI, handed_MIMJ.sum((0, 3)).T, handed_MIMJ.sum((0, 1)))
 
 
 def direct(gpu_GTK: np.ndarray, gpus: int) -> Traffic:
@@ -48,11 +45,16 @@ def direct(gpu_GTK: np.ndarray, gpus: int) -> Traffic:
     pairs_GG = np.stack([np.bincount(chosen.ravel(), minlength=G) for chosen in gpu_GTK])
     pairs_MIMJ = pairs_GG.reshape(M, gpus, M, gpus)
     # Before it leaves, a copy for another number goes to that GPU of the sender's node.
-    same = np.eye(gpus, dtype=bool)
-    turned_MIMJ = np.where(same[None, :, None, :], 0, pairs_MIMJ)
+    handed_MIMJ = _handed(pairs_MIMJ)
     return Traffic(
-        pairs_MIMJ.sum(1), turned_MIMJ.sum((2, 3)), turned_MIMJ.sum((1, 2))
+        pairs_MIMJ.sum(1), handed_MIMJ.sum((2, 3)), handed_MIMJ.sum((1, 2))
     )
+
+
+def _handed(pairs_MIMJ: np.ndarray) -> np.ndarray:
+    """The copies that take NVLink: none between GPUs of one number, where the NIC is their own."""
+    same = np.eye(pairs_MIMJ.shape[1], dtype=bool)
+    return np.where(same[None, :, None, :], 0, pairs_MIMJ)
 
 
 def dispatch(

@@ -97,6 +97,14 @@ def test_a_state_goes_onto_a_mesh_and_back(saved, state, tmp_path):
     assert_same_bits(again.restore(RUN, make_mesh(fsdp=2, data=4)), restored)
 
 
+def test_a_step_before_the_latest_is_refused_and_not_left_out_silently(state, tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c")
+    checkpoints.save(2, on_device(state))
+    with pytest.raises(ValueError, match="checkpoint of step 2, and step 1 is not after it"):
+        checkpoints.save(1, on_device(state))
+    checkpoints.close()
+
+
 def test_the_state_may_be_donated_as_soon_as_save_returns(state, tmp_path):
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     live = on_device(state)

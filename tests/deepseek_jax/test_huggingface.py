@@ -252,6 +252,30 @@ def test_nan_is_reported_and_can_be_allowed(small):
     assert np.isnan(model.final_norm_D[...][3])
 
 
+@pytest.mark.parametrize("precision", ["fp32", ds.Precision("fp8", "bf16", "bf16")])
+def test_scales_that_are_no_numbers_are_reported_also_where_blocks_stay_fp8(small, precision):
+    edit(small, **{f"{GATE}_scale_inv": np.full((1, 1), np.nan, np.float32)})
+    with pytest.raises(ValueError, match="gate_proj.weight.* holds NaN"):
+        ds.load_huggingface(small, precision=precision)
+    ds.load_huggingface(small, precision=precision, allow_nan=True)
+
+
+@pytest.mark.parametrize("name", ["halves-not-pairs", "no-query-latent", "two-dense"])
+def test_a_window_of_any_dimension_is_that_of_the_whole_array(name, tmp_path):
+    checkpoint = open_checkpoint(cases.write_checkpoint(name, 0, tmp_path / name))
+    paths = {entry.array for entry in checkpoint.entries.values()}
+    assert any("wkv_a_YD" in path for path in paths)
+    for path in paths:
+        shape = checkpoint.array_shape(path)
+        everything = [slice(0, n) for n in shape]
+        whole = checkpoint.fill(path, tuple(everything), np.float32)
+        for axis, size in enumerate(shape):
+            for part in (slice(0, 1), slice(size // 3, size // 3 + 1), slice(size // 2, size)):
+                window = (*everything[:axis], part, *everything[axis + 1 :])
+                found = checkpoint.fill(path, window, np.float32)
+                np.testing.assert_array_equal(found, whole[window], err_msg=f"{path} {window}")
+
+
 def two_shards(tmp_path):
     return cases.write_checkpoint("v2-says-normalise", 0, tmp_path / "two")
 
@@ -296,6 +320,26 @@ def test_an_export_that_fails_leaves_nothing(model, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         ds.save_huggingface(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_an_export_lacks_is_found_before_weights_are_written(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("deepseek_jax.huggingface.write_file", None)
+    with pytest.raises(ValueError, match="format='float32' must be one of .*'fp32'"):
+        ds.save_huggingface(model, tmp_path / "out", format="float32")
+    with pytest.raises(FileNotFoundError, match=r"absent\.json"):
+        ds.save_huggingface(model, tmp_path / "out", tokenizer=tmp_path / "absent.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_config_json_names_the_tokens_that_begin_and_end_a_text_or_says_that_there_are_none(
+    model, tmp_path
+):
+    # A missing field would be one of the tokens of V3 for those who read it.
+    ds.save_huggingface(model, tmp_path / "none")
+    ds.save_huggingface(model, tmp_path / "some", bos=3, eos=np.array([5, 6]))
+    read = lambda name: json.loads((tmp_path / name / "config.json").read_text())
+    tokens = [(read(n)["bos_token_id"], read(n)["eos_token_id"]) for n in ("none", "some")]
+    assert tokens == [(None, None), (3, [5, 6])]
 
 
 def test_an_export_does_not_write_over_a_folder(model, tmp_path):

@@ -79,6 +79,13 @@ def test_written_yarn_turns_and_scales_as_the_one_read(name):
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear' is not"),
         ({"rope_scaling": yarn(truncate=False)}, "truncate=False"),
         ({"rope_scaling": yarn(high=1)}, "unknown field high of the rotary"),
+        ({"rope_scaling": [1]}, "a value of another type"),
+        ({"rope_theta": [1]}, "a value of another type"),
+        ({"rope_scaling": yarn(factor=float("nan"))}, "factor=nan of YaRN must be at least 1"),
+        ({"rope_scaling": yarn(factor=None, original_max_position_embeddings=0)},
+         "original_max_position_embeddings=0 must be a positive"),
+        ({"num_nextn_predict_layers": 1.0}, "num_nextn_predict_layers=1.0 must be a whole"),
+        ({"model_type": ["deepseek_v3"]}, "is not known"),
         ({"num_key_value_heads": 2}, "num_key_value_heads=2"),
         ({"num_experts_per_tok": 100}, "experts_per_token=100 must not exceed"),
         ({"moe_layer_freq": 2}, "moe_layer_freq=2 must be 1"),
@@ -93,6 +100,12 @@ def test_what_the_model_cannot_follow_is_refused(change, message):
 @pytest.mark.parametrize("field", ["hidden_size", "q_lora_rank", "first_k_dense_replace"])
 def test_a_missing_size_is_named(field):
     with pytest.raises(ValueError, match=f"field {field} .* is missing"):
+        model_config({k: v for k, v in V3.items() if k != field})
+
+
+@pytest.mark.parametrize("field", ["n_group", "topk_group"])
+def test_v3_must_say_its_groups_of_experts(field):
+    with pytest.raises(ValueError, match=f"field {field} is missing"):
         model_config({k: v for k, v in V3.items() if k != field})
 
 

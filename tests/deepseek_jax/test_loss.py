@@ -51,6 +51,18 @@ def test_chunks_give_the_plain_value_and_gradients(inputs, chunks, relative_erro
     assert relative_error(chunked(*inputs), plain(*inputs)) < limits["fp32"].value
 
 
+def test_a_weight_of_the_loss_scales_both_gradients_alike_in_bf16(inputs):
+    hidden_BTD, head_VD, *rest = (x.astype(jnp.bfloat16) if x.ndim > 1 and x.dtype == jnp.float32
+                                  and x.shape[-1] == D else x for x in inputs)  # fmt: skip
+    loss = lambda factor: lambda h, w: factor * cross_entropy(h, w, *rest)
+    whole, part = (jax.grad(loss(f), argnums=(0, 1))(hidden_BTD, head_VD) for f in (1.0, 0.3))
+    for a, b in zip(part, whole, strict=True):
+        assert a.dtype == jnp.bfloat16
+        ratio = np.asarray(a, np.float64).ravel() @ np.asarray(b, np.float64).ravel()
+        # BF16 has 0.30078 for 0.3.
+        assert abs(ratio / np.square(np.asarray(b, np.float64)).sum() - 0.3) < 3e-4
+
+
 def shapes_of(fn, *args):
     """Shapes of all floating-point arrays of a program."""
     program = equations(jax.make_jaxpr(fn)(*args))

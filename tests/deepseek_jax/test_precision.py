@@ -1,6 +1,7 @@
 """What runs in FP32 when activations are BF16, seen in the jaxpr, and how far BF16 is from FP32."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,9 @@ from flax import nnx
 
 import deepseek_jax as ds
 from deepseek_jax import training
+from deepseek_jax.attention import look_in_products
 from deepseek_jax.layers import rms_norm
+from sharding import make_mesh, placement
 from tests.configs import ONE_MTP, TINY, compiled, equations, make_batch, make_run
 from tests.oracle import weights
 
@@ -40,6 +43,27 @@ def program(request):
         fn = jax.grad(fn, has_aux=True)
     tokens_BS = make_batch(RUN)["tokens"][0]
     return list(equations(jax.make_jaxpr(fn)(state.params, state.biases, tokens_BS)))
+
+
+def test_fp32_is_multiplied_as_fp32_everywhere():
+    # Or a GPU would multiply in TF32. On a mesh the experts' products are grouped ones.
+    run = make_run(ONE_MTP)
+    state = training.abstract_state(run)
+    tokens_BS = make_batch(run)["tokens"][0]
+    with placement.scope(make_mesh(expert=2)):
+        gradient = jax.grad(make_loss(run), has_aux=True)
+        program = list(equations(jax.make_jaxpr(gradient)(state.params, state.biases, tokens_BS)))
+    looked = functools.partial(look_in_products, TINY)
+    shape_of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    Y = TINY.cache_dim
+    seen_BTS = jax.ShapeDtypeStruct((2, 8, 128), jnp.bool_)
+    program += equations(jax.make_jaxpr(looked)(shape_of(2, 8, TINY.num_heads, Y),
+                                                shape_of(2, 128, Y), seen_BTS))  # fmt: skip
+    products = [e for e in of_type(program, "dot_general") if e.invars[0].aval.dtype == FP32]
+    assert len(products) > 30
+    highest = jax.lax.Precision.HIGHEST
+    for product in products:
+        assert product.params["precision"] == (highest, highest), product
 
 
 def of_type(program, name):

@@ -38,6 +38,13 @@ def test_fp8_is_scaled_by_the_largest_of_a_tile(form):
 
 
 @pytest.mark.parametrize("form", ["e4m3", "e5m2"])
+def test_a_tile_of_tiny_values_is_finite(form):
+    x = jnp.zeros((1, 128)).at[0, 3].set(1e-36)
+    found = rounded(x, form)
+    assert jnp.isfinite(found).all() and jnp.abs(found).max() <= 2e-36
+
+
+@pytest.mark.parametrize("form", ["e4m3", "e5m2"])
 def test_the_compiler_for_cuda_keeps_the_rounding(form):
     x_BTD = jax.ShapeDtypeStruct((3, 4, 200), jnp.bfloat16)
     program = optimized_for_cuda(lambda x_BTD: rounded(x_BTD, form), x_BTD)

@@ -60,6 +60,15 @@ def test_rules_that_keep_everything_are_left_out_of_greedy():
     assert rules(temperature=0.0, top_k=3) == Sampling()
 
 
+def test_rules_that_keep_every_token_cost_no_sort():
+    assert rules(top_p=1.0, min_p=0.0) == rules()
+
+
+def test_the_coldest_temperature_is_nearly_greedy():
+    log_p = sampling.log_probabilities(jnp.array([1.0, 3.0, 20.0, 7.0]), rules(sampling.COLDEST))
+    np.testing.assert_array_equal(jnp.exp(log_p), [0, 0, 1, 0])
+
+
 def test_greedy_takes_the_most_likely():
     logits_BV = jnp.array([[0.0, 3.0, 1.0], [5.0, 0.0, 1.0]])
     assert draw(logits_BV, Sampling(), None, jnp.zeros(2, jnp.int32)).tolist() == [1, 0]

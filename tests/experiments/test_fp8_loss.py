@@ -103,3 +103,10 @@ def test_pieces_are_trained_once_and_compared(tmp_path, monkeypatch, capsys):
     fp8_loss.bench_fp8_loss(args)
     assert json.loads((tmp_path / "out.json").read_text()) == first
     assert "relative gap" in capsys.readouterr().out
+    # Curves of other text are not compared.
+    file = args.out / "fp8-0.json"
+    one = json.loads(file.read_text())
+    one["text"]["corpus"] = "another"
+    file.write_text(json.dumps(one))
+    with pytest.raises(ValueError, match="fp8-0.json is of other text"):
+        fp8_loss.bench_fp8_loss(args)

@@ -38,6 +38,19 @@ def test_experts_are_dispatched_to_where_they_divide(tmp_path):
     assert [row["operation"] for row in found["timings"]][1:] == ["all-gather or reduce-scatter"]
 
 
+def test_dispatch_is_left_out_where_four_nodes_hold_too_few_experts(tmp_path):
+    found, out = written(tmp_path, "multi_plane", "--nodes", 256, "--gpus", 1)
+    assert [row["operation"] for row in found["timings"]] == [
+        "all-to-all", "all-gather or reduce-scatter"
+    ]  # fmt: skip
+    assert "no dispatch: too few experts on the 4 nodes that a token may go to, 1 on each" in out
+    # Two experts on each of four nodes are a token's eight, and nodes of one GPU use no NVLink.
+    words = ["multi_plane", "--nodes", 128, "--gpus", 1, "--tokens", 16]
+    found, out = written(tmp_path, *words)
+    rows = {row["operation"]: row for row in found["timings"]}
+    assert rows["dispatch FP8"]["NVLink ms"] == 0 and "no dispatch" not in out
+
+
 @pytest.mark.parametrize(
     ("words", "counts"),
     [

@@ -13,10 +13,12 @@ from experiments.planning.decode import decode_mesh, decode_rows, exchange_secon
 from experiments.planning.setup import mesh_of, setup
 from experiments.planning.weights import optimizer_bytes, parameter_bytes
 from experiments.recipes import recipe
+from experiments.study.machine import H800, token_seconds
 from sharding.hardware import cluster
 from tests.experiments.runs import call
 
 V3 = recipe("deepseek_v3")(None)
+HALVES = "two half-batches, one computing while the other sends"
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +121,42 @@ def test_few_tokens_read_the_experts_that_they_chose():
     chosen = run.config.experts_per_token / run.config.num_experts
     assert seconds[1] == pytest.approx(chosen * seconds[1024], rel=1e-3)
     # Both halves of the batch read all other weights.
-    assert rows["two half-batches, one computing while the other sends"]["us a token"] > 1.5 * (
+    assert rows[HALVES]["us a token"] > 1.5 * (
         rows["one after the other"]["us a token"]
     )
+
+
+def decoded(words, *, devices=8, batch, context):
+    run, where = dataclasses.replace(V3, precision=Precision.of("fp8")), cluster(f"h200x{devices}")
+    rows = decode_rows(run, where, mesh_of(words, devices), batch=batch, context=context)
+    return {row["what"]: row for row in rows}
+
+
+def test_a_tensor_group_shares_requests_and_heads_but_not_the_cache():
+    alone, pair = (
+        decoded(words, batch=64, context=4096) for words in ("expert=8", "expert=4,tensor=2")
+    )
+    assert pair["cache"]["GiB a device"] == alone["cache"]["GiB a device"]
+    for found, devices in ((alone, 1), (pair, 2)):
+        for name in ("one after the other", HALVES):
+            seconds = 1e-6 * found[name]["us a token"]
+            assert found[name]["tokens/s of a device"] == pytest.approx(64 / devices / seconds)
+    # Two sums a layer: 7168 elements of 2 bytes of each request, all-reduced by two devices.
+    moved, messages = 2 * 61 * 64 * 7168 * 2, 2 * 61 * 2
+    sums = moved / 450e9 / 0.8 + messages * 3.33e-6
+    assert pair["tensor sums"]["us a token"] == pytest.approx(1e6 * sums)
+    assert "tensor sums" not in alone
+    parts = sum(row["us a token"] for row in pair.values() if "tokens/s of a device" not in row)
+    assert pair["one after the other"]["us a token"] == pytest.approx(parts)
+
+
+def test_half_batches_wait_for_four_messages_a_layer():
+    # Over so many nodes sending is the limit, as it is in the study's time per token.
+    found = decoded("expert=256", devices=256, batch=2048, context=1)
+    more = found[HALVES]["us a token"] - found["dispatch and combine"]["us a token"]
+    studied = token_seconds(dataclasses.replace(H800, latency=3.7e-6)) - token_seconds(H800)
+    # Of these the whole batch waits for two.
+    assert more == pytest.approx(58 * 2 * 3.7) == pytest.approx(1e6 * studied / 61 * 58 / 2)
 
 
 def test_a_layers_exchange_is_the_papers_speed_limit():

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -35,6 +36,7 @@ def test_a_place_survives_the_environment():
         ("a1", ["a1"]),
         ("n[01-03,07],m", ["n01", "n02", "n03", "n07", "m"]),
         ("gpu-[8-10]", ["gpu-8", "gpu-9", "gpu-10"]),
+        ("r[1-2]n[1,3],s[2]-ib", ["r1n1", "r1n3", "r2n1", "r2n3", "s2-ib"]),
     ],
 )
 def test_slurms_short_form_names_every_host(text, hosts):
@@ -219,8 +221,11 @@ def test_the_manifest_gives_each_pod_what_its_process_needs():
                                "registry/it's:1", "--dry-run")
     assert (code, err) == (0, "")
     for line in ("kind: JobSet", "parallelism: 2", "completions: 2", "image: 'registry/it''s:1'",
-                 "- 'launch'", 'value: "deepseek-jax-hosts-0-0.deepseek-jax:20000"'):
+                 "- 'launch'"):
         assert f" {line}\n" in out or out.startswith(line) or f"\n{line}\n" in out, line
+    # Each set has a name of its own, and the first pod is found by it.
+    (name,) = re.findall(r"^  name: (deepseek-jax-\d{8}-\d{6})$", out, re.MULTILINE)
+    assert f'value: "{name}-hosts-0-0.{name}:20000"\n' in out
     code, out, _ = runs.call("launch", "tiny", "--submit", "k8s", "--image", "a", "--volume",
                              "claim=/shared", "--devices-per-node", "8", "--dry-run")
     for line in ("mountPath: '/shared'", "claimName: 'claim'", "nvidia.com/gpu: 8",

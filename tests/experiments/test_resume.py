@@ -1,6 +1,7 @@
 """Stop and go on: whatever stops a run, resuming it ends bit for bit like one left alone."""
 
 import dataclasses
+import json
 import os
 import random
 import shlex
@@ -16,6 +17,7 @@ from deepseek_jax.config import Schedule
 from experiments import launch
 from experiments.display import TrainingDisplay
 from experiments.recipes import recipe
+from experiments.run_directory import RunDirectory
 from tests.experiments import runs
 
 RESUME = ("launch", "--resume", "--run")
@@ -220,8 +222,24 @@ def test_a_finished_run_without_what_it_goes_on_with_is_refused(trained, tmp_pat
     assert (run / "summary.json").exists()
 
 
+def test_checkpoints_are_missed_by_the_interval_that_the_run_had(trained, tmp_path):
+    run = RunDirectory(shutil.copytree(trained.run, tmp_path / "run"))
+    run.summary.unlink()
+    lines = (run.path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    most = 2 * run.read_run().checkpoint_every
+    (run.path / "metrics.jsonl").write_text("".join(lines[:most]))
+    run.check_resumable(None)
+    (run.path / "metrics.jsonl").write_text("".join(lines[: most + 1]))
+    with pytest.raises(ValueError, match="holds no checkpoint of this run"):
+        run.check_resumable(None)
+
+
 def test_resuming_needs_neither_the_text_nor_its_place(trained, monkeypatch, tmp_path):
     run = shutil.copytree(trained.run, tmp_path / "moved")
+    # Tokens that the run was given, by a path from the folder that it was started in.
+    tokens = (run / "data").rename(tmp_path / "tokens")
+    record = runs.record(run) | {"shards": [str(tokens)]}
+    (run / "config.json").write_text(json.dumps(record))
     for path in (run / "checkpoints").glob("24"):
         shutil.rmtree(path)
     monkeypatch.setattr(launch, "finish", lambda *args, **kwargs: None)
@@ -233,3 +251,4 @@ def test_resuming_needs_neither_the_text_nor_its_place(trained, monkeypatch, tmp
     assert (code, err) == (0, "")
     runs.assert_same_run(run, trained.run)
     assert runs.record(run)["command"] == runs.record(trained.run)["command"]
+    assert runs.record(run)["shards"] == [str(tokens)]

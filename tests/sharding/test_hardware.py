@@ -2,6 +2,8 @@
 
 import pytest
 
+from experiments.planning.choose import REACHED
+from experiments.study import machine
 from sharding.hardware import ACCELERATORS, cluster, peak_flops
 
 
@@ -38,3 +40,12 @@ def test_links_inside_a_node_are_the_faster_ones(name):
     accelerator = ACCELERATORS[name]
     assert accelerator.inner.bandwidth >= accelerator.outer.bandwidth
     assert accelerator.inner.bandwidth < accelerator.memory_bandwidth
+
+
+def test_of_an_h800s_links_160_and_40_gb_a_second_are_usable():
+    h800, reached = ACCELERATORS["h800"], REACHED["gpu"].network
+    usable = (reached * h800.inner.bandwidth, reached * h800.outer.bandwidth)
+    assert usable == pytest.approx((160e9, 40e9))
+    studied = machine.H800
+    assert (studied.nvlink, studied.nic) == (h800.inner.bandwidth, h800.outer.bandwidth)
+    assert studied.reached == reached

@@ -121,10 +121,34 @@ def a_claim(**changes):
         (a_claim(tolerance=judging.AT_MOST), 2.6, DISAGREES),
         (a_claim(printed=67, tolerance=judging.CUT), 67.76, AGREES),
         (a_claim(printed=67, tolerance=judging.CUT), 68.0, DISAGREES),
+        (a_claim(printed=67, tolerance=judging.CUT), 66.1, DISAGREES),
+        (a_claim(printed=67, tolerance=judging.CUT), 66.6, AGREES),
+        (a_claim(printed=0.29, tolerance=judging.CUT), 0.29, AGREES),
+        (a_claim(printed=0.29, tolerance=judging.CUT), 0.2999, AGREES),
+        (a_claim(printed=0.29, tolerance=judging.CUT), 0.2849, DISAGREES),
     ],
 )
 def test_verdicts(claim, ours, verdict):
     assert judge(claim, ours) == verdict
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "value", "holds"),
+    [
+        # Bytes and loads exactly; half a percent is for the loss.
+        ("combine_formats", "LogFMT-8: bytes", 1.003, False),
+        ("combine_formats", "LogFMT-8: loss, %", -0.5, True),
+        ("combine_formats", "LogFMT-8: loss, %", 0.51, False),
+        ("balance", "busiest expert", 1.003, False),
+        ("balance", "busiest expert", 0.3, True),
+        ("balance", "validation loss, %", 0.5, True),
+        ("balance", "validation loss, %", 0.51, False),
+    ],
+)
+def test_of_recorded_runs_only_the_loss_has_slack(name, part, value, holds):
+    claim = CLAIMS[name]
+    ours = {**claim.printed, part: value}
+    assert (judge(claim, ours) == claim.verdict) == holds
 
 
 def test_the_command_prints_rows_and_writes_them(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 
 from experiments.bench import accumulation, logfmt, residual
 from experiments.claims import claim as judging
-from experiments.claims import command, measured
+from experiments.claims import command, measured, training
 from experiments.claims.claim import DISAGREES, NOT_YET, evaluate
 from experiments.claims.table import CLAIMS
 from tests.experiments.test_residual_bench import curves
@@ -57,6 +57,34 @@ def test_a_recorded_claim_gets_its_verdict_and_loses_it(claim, results):
     assert evaluate(claim).verdict == NOT_YET and "not measured yet" in command.explained(
         evaluate(claim)
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "command_words"),
+    [
+        ("logfmt_overhead", "claims --measure experiments/results"),
+        ("combine_formats", "bench combine tiny --steps 200 --json experiments/results/combine"),
+        ("balance", "bench balance --json experiments/results/balance.json"),
+        ("own_utilisation", "bench train peer --precision bf16 --json experiments/results/bench"),
+    ],
+)
+def test_without_its_file_a_claim_names_the_command_that_makes_it(
+    name, command_words, tmp_path, monkeypatch
+):
+    for module in (judging, command):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    found = evaluate(CLAIMS[name])
+    assert found.verdict == NOT_YET and f"which `{command_words}" in command.explained(found)
+
+
+def test_utilisation_is_read_off_what_bench_train_writes(tmp_path, monkeypatch):
+    for module in (judging, training):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    values = []
+    for found in ([{"tokens/s": 1e5}], {"rows": [{"tokens/s": 1e5}]}):
+        (tmp_path / training.TRAIN).write_text(json.dumps(found))
+        values.append(evaluate(CLAIMS["own_utilisation"]).ours["causal MFU %"])
+    assert values[0] == values[1] > 0
 
 
 def test_values_are_those_of_the_files(results):

@@ -8,6 +8,7 @@ import pytest
 
 from experiments.planning.compare import compared, low_precision_sums, purpose
 from experiments.planning.compile import (
+    abstract_arguments,
     asked_for,
     compiled_here,
     compiled_of,
@@ -16,10 +17,12 @@ from experiments.planning.compile import (
     words_of,
 )
 from experiments.planning.hlo import Array, Collective
+from experiments.planning.measure import random_batch
 from experiments.planning.memory import argument_bytes
 from experiments.planning.setup import mesh_of, setup
 from experiments.planning.weights import optimizer_bytes, parameter_bytes
 from sharding.hardware import cluster
+from sharding.mesh import make_mesh
 from tests.configs import ONE_MTP, QUICK, make_run
 
 # One dense and two MoE layers whose experts, heads and channels eight devices divide.
@@ -44,6 +47,18 @@ def test_the_compiler_holds_what_the_formulas_say(chosen, found):
     assert found.arguments == argument_bytes(chosen)
     state = parameter_bytes(chosen.run, chosen.mesh) + optimizer_bytes(chosen.run, chosen.mesh)
     assert argument_bytes(chosen) - state == 4 * (32 + 5 + chosen.run.seq_len + 1)
+
+
+@pytest.mark.parametrize("mask_documents", [False, True])
+def test_a_measured_step_is_handed_all_that_it_was_compiled_for(chosen, mask_documents):
+    run = dataclasses.replace(chosen.run, mask_documents=mask_documents)
+    masked = dataclasses.replace(chosen, run=run)
+    shapes = abstract_arguments(masked, make_mesh(jax.devices()[:8], **masked.mesh))[1]
+    batch = random_batch(run, shapes)
+    described = lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding)
+    assert jax.tree.map(described, batch) == jax.tree.map(described, shapes)
+    assert ("segments" in batch) == mask_documents
+    assert 0 < int(batch["tokens"].max()) < run.config.vocab_size
 
 
 def test_dispatch_sends_what_the_formulas_say(chosen, found):

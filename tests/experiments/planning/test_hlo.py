@@ -63,6 +63,22 @@ def test_loops_count_as_often_as_they_run():
     assert found["reduce-scatter"].bytes == 5 * 4 * (4 * 9 * 4)
 
 
+@pytest.mark.parametrize(
+    "started, elements",
+    [
+        ("(f32[100]{0}, f32[200]{0}, f32[300]{0}) all-reduce-start(%a, %b, %c)", 600),
+        ("f32[100]{0} all-reduce-start(%a)", 100),
+        ("(f32[10]{0}, f32[30]{0}) all-gather-start(%a)", 30),
+        ("((f32[10]{0}, f32[20]{0}), (f32[30]{0}, f32[60]{0})) all-gather-start(%a, %b)", 90),
+        ("(f32[10]{0}, f32[10]{0}, u32[], u32[]) collective-permute-start(%a)", 10),
+    ],
+)
+def test_of_what_is_started_the_results_count(started, elements):
+    program = f"ENTRY %main (q: f32[6]) -> f32[6] {{\n  %s = {started}, replica_groups={{}}\n}}\n"
+    (found,) = read(program, {"data": 3}).collectives
+    assert found.bytes == 4 * elements
+
+
 def test_groups_become_mesh_axes():
     found = {c.kind: (c.axes, c.group) for c in read(PROGRAM, MESH).collectives}
     assert found == {

@@ -75,12 +75,14 @@ def test_words_hold_codes_and_signs_whatever_is_above_the_codes(n):
 
 
 def edges(rng, exponent):
-    """Tiles about 2^exponent: wide and narrow ones, of one magnitude, with and without zeros."""
+    """Tiles about 2^exponent: wide and narrow ones, of one magnitude (in FP32 also of one that BF16
+    extremes round down), with and without zeros."""
     one = np.exp2(exponent)
     draw = lambda *values: one * rng.choice(values, 128)
     wide = lambda octaves: one * np.exp2(rng.uniform(-octaves, octaves, 128))
-    return [draw(1, 1.0078125), draw(0, 1, -1.0078125), draw(0, 1), draw(-1), draw(0, -0.0),
-            wide(1), wide(5), wide(5) * rng.choice([0, 1, -1], 128), wide(25)]  # fmt: skip
+    return [draw(1, 1.0078125), draw(0, 1, -1.0078125), draw(0, 1), draw(-1), draw(1.001),
+            draw(0, -0.0), wide(1), wide(5), wide(5) * rng.choice([0, 1, -1], 128),
+            wide(25)]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["fp32", "bf16"])

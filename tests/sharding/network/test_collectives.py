@@ -132,6 +132,12 @@ def test_one_node_needs_no_network():
     assert ring(cluster, 1e6).latency == pytest.approx(7 * NVLINK.same_leaf)
 
 
+def test_a_ring_on_one_node_closes_over_nvlink():
+    # Every GPU passes on 7 / 8 of the whole; nothing leaves by a NIC.
+    assert ring(multi_plane(1), 8e9).nvlink == pytest.approx(8e9 * 7 / 8 / 160e9)
+    assert ring(multi_plane(1, node=Node(gpus=1)), 8e9).seconds == 0
+
+
 @pytest.mark.parametrize(
     "topology",
     [slim_fly(5, per_switch=4), dragonfly(per_switch=4, group_size=8, global_ports=4, ports=15)],

@@ -26,8 +26,9 @@ def test_grouped_copies_are_those_counted_one_by_one(choices):
                 copies[a, node, i] += 1
             for target in set(token.tolist()):
                 b, j = divmod(target, GPUS)
-                handed_out[b, i] += 1
-                handed_in[b, j] += 1
+                if i != j:
+                    handed_out[b, i] += 1
+                    handed_in[b, j] += 1
     traffic = grouped(choices, GPUS)
     assert (traffic.copies_MMI == copies).all()
     assert (traffic.copies_out_MI == handed_out).all()
@@ -58,6 +59,8 @@ def test_a_token_for_every_node_costs_one_copy_a_node():
     cluster = multi_plane(NODES, node=BIG)
     timing = dispatch(cluster, grouped(choices, GPUS), 1e5)
     assert timing.network == pytest.approx(64 * 1e5 * (NODES - 1) / 50e9)
+    # They are where they should be and pass to no other GPU.
+    assert timing.nvlink == 0
     # The own node counts in the rate, which therefore exceeds that of the NIC.
     assert timing.bytes_per_gpu / timing.network == pytest.approx(50e9 * NODES / (NODES - 1))
 
@@ -82,6 +85,13 @@ def test_grouping_saves_network_and_costs_nvlink(choices):
         max(few.copies_in_MI.max(), few.copies_out_MI.max()) * 1e5 / 1e9
     )
     assert timing.seconds == pytest.approx(timing.nvlink + timing.latency)
+
+
+@pytest.mark.parametrize("copies", [grouped, direct])
+def test_nodes_of_one_gpu_use_no_nvlink(copies, choices):
+    cluster = multi_plane(NODES * GPUS, node=Node(gpus=1))
+    traffic = copies(choices, 1)
+    assert dispatch(cluster, traffic, 1e5).nvlink == 0 == combine(cluster, traffic, 1e5).nvlink
 
 
 def test_gpus_that_fill_no_node():
