@@ -66,10 +66,14 @@ class Checkpoints:
         tree = jax.tree.map(lambda x: x.copy(), as_tree(state))
 
         def write():
-            self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
+            self._check_room(tree)
             self._manager.save(step, args=ocp.args.StandardSave(tree))
 
         self._or_os_error(step, write)
+
+    def check_room(self, state: TrainState) -> None:
+        """Raises OSError where there is no room for a checkpoint, before there is work to lose."""
+        self._or_os_error(int(state.step), lambda: self._check_room(as_tree(state)))
 
     def wait(self) -> None:
         """Returns when everything is on disk; raises OSError when it cannot be."""
@@ -108,11 +112,12 @@ class Checkpoints:
             ) from error
         return TrainState(**{"ema": None, **tree})
 
-    def _check_room(self, size: int) -> None:
+    def _check_room(self, tree: Any) -> None:
         """Fails before anything is written where a file or the disk cannot become so large.
 
         In the midst of writing Orbax's threads would each print what befell them.
         """
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
         with tempfile.TemporaryFile(dir=self.directory) as probe:
             os.ftruncate(probe.fileno(), min(size, LARGEST_FILE))
         free = shutil.disk_usage(self.directory).free

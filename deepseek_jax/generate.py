@@ -227,6 +227,8 @@ class Text:
         max_new_tokens = int(max_new_tokens)
         if temperature > 0.0 and key is None:
             raise ValueError(f"{temperature=} draws at random: pass key=jax.random.key(seed)")
+        if key is not None and not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
+            raise ValueError(f"{key=} must be made by jax.random.key(seed)")
         if draft and not config.num_mtp:
             raise ValueError("draft=True needs a model with MTP modules: this one has num_mtp=0")
         format = model.precision.activations if cache_format is None else cache_format

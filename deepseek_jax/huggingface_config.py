@@ -159,6 +159,9 @@ def _router(record: dict[str, Any], score: str) -> dict[str, Any]:
         for field in ("n_group", "topk_group"):
             if field not in record:
                 raise ValueError(f"config.json: field {field} is missing")
+    normalize = record.get("norm_topk_prob", True)
+    if not isinstance(normalize, bool):
+        raise ValueError(f"config.json: norm_topk_prob={normalize!r} must be true or false")
     groups = record.get("n_group") or 1
     kept = record.get("topk_group") or groups
     return {
@@ -166,7 +169,7 @@ def _router(record: dict[str, Any], score: str) -> dict[str, Any]:
         "num_groups": groups if grouped[method] else 1,
         "groups_per_token": kept if grouped[method] else 1,
         # The models of V2 leave the weights as they are whatever norm_topk_prob says.
-        "normalize_weights": bool(record.get("norm_topk_prob", True)) and score == "sigmoid",
+        "normalize_weights": normalize and score == "sigmoid",
     }
 
 
@@ -181,6 +184,8 @@ def _dense_layers(record: dict[str, Any], num_layers: int) -> int:
     count = record.get("first_k_dense_replace", default)
     if count is None:
         raise ValueError("config.json: field first_k_dense_replace (num_dense_layers) is missing")
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise ValueError(f"config.json: first_k_dense_replace={count!r} must be a whole number")
     return min(count, num_layers)
 
 
@@ -194,7 +199,11 @@ def _mtp_layers(record: dict[str, Any]) -> int:
 def _rope(record: dict[str, Any]) -> tuple[float, Yarn | None]:
     """theta and YaRN from rope_parameters, or from the older rope_theta and rope_scaling."""
     rope = record.get("rope_scaling") or record.get("rope_parameters") or {}
-    theta = float(rope.get("rope_theta") or record.get("rope_theta") or 10000.0)
+    theta = next((found for found in (rope.get("rope_theta"), record.get("rope_theta"))
+                  if found is not None), 10000.0)  # fmt: skip
+    theta = float(theta)
+    if not 0.0 < theta < math.inf:
+        raise ValueError(f"config.json: rope_theta={theta} must be positive and finite")
     kind = rope.get("rope_type", rope.get("type", "default"))
     unknown = sorted(set(rope) - YARN_FIELDS)
     if unknown:
@@ -205,6 +214,9 @@ def _rope(record: dict[str, Any]) -> tuple[float, Yarn | None]:
         raise ValueError("config.json: partial_rotary_factor must be 1")
     if kind == "default":
         return theta, None
+    for field in ("mscale", "mscale_all_dim", "beta_fast", "beta_slow", "attention_factor"):
+        if not 0.0 <= float(rope.get(field) or 0.0) < math.inf:
+            raise ValueError(f"config.json: {field}={rope[field]} of YaRN must be finite")
     if rope.get("truncate") is False:
         raise ValueError("config.json: truncate=False of YaRN is not supported")
     length = record["max_position_embeddings"]
@@ -251,6 +263,8 @@ def check_quantization(record: dict[str, Any]) -> bool:
     quantization = record.get("quantization_config")
     if quantization is None:
         return False
+    if not isinstance(quantization, dict):
+        raise ValueError(f"config.json: quantization_config={quantization!r} must be an object")
     method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
     if method != "fp8" or quantization.get("fmt", "e4m3") != "e4m3":
         raise ValueError(f"config.json: quantization {method!r} is not supported: use fp8, e4m3")

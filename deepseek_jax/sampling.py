@@ -24,10 +24,10 @@ class Sampling:
         """Checked; temperature 0 is greedy, and a rule that keeps every token is left out."""
         if not (temperature == 0.0 or COLDEST <= temperature < float("inf")):
             raise ValueError(f"{temperature=} must be 0 (greedy) or at least {COLDEST}")
-        if top_k is not None and (int(top_k) != top_k or top_k < 1):
-            raise ValueError(f"{top_k=} must be a whole number of at least 1")
-        if top_p is not None and not 0.0 < top_p <= 1.0:
-            raise ValueError(f"{top_p=} must be above 0 and at most 1")
+        if top_k is not None and (int(top_k) != top_k or not 1 <= top_k < 2**31):
+            raise ValueError(f"{top_k=} must be a whole number of at least 1, below 2**31")
+        if top_p is not None and not COLDEST <= top_p <= 1.0:
+            raise ValueError(f"{top_p=} must be above 0 (at least {COLDEST}) and at most 1")
         if min_p is not None and not 0.0 <= min_p <= 1.0:
             raise ValueError(f"{min_p=} must be between 0 and 1")
         if temperature == 0.0:

@@ -83,6 +83,8 @@ def export_run(args: ConvertArgs) -> None:
     """A run's model and tokenizer as a checkpoint folder."""
     if args.destination is None:
         raise ValueError(f"{args.source} is a run: name the folder to export it to")
+    if args.destination.exists():
+        raise ValueError(f"{args.destination} exists already: name another folder")
     if args.audit or args.checksums or args.json is not None:
         raise ValueError(
             f"--audit, --checksums and --json list a checkpoint, but {args.source} is a run: "

@@ -94,6 +94,8 @@ def devices_of(args: MeshArgs, run: Run, *, batch: int | None = None) -> Devices
     Args:
       batch: sequences of a micro-batch to train on; only forward passes run without one.
     """
+    if args.devices_per_node is not None and args.devices_per_node < 1:
+        raise ValueError(f"--devices-per-node {args.devices_per_node} must be at least 1")
     make_cpu_devices(args.mesh)
     count = jax.device_count()
     if args.mesh is None:

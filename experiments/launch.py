@@ -111,6 +111,10 @@ def launch(args: LaunchArgs) -> None:
 
 def check_submitted(args: LaunchArgs) -> None:
     """Refuses here what every host would refuse after it has waited for its turn."""
+    if args.volume is not None and args.run is not None:
+        mounted = Path(args.volume.partition("=")[2])
+        if not args.run.is_relative_to(mounted):
+            raise ValueError(f"--run {args.run} must lie below {mounted}, or it goes with its pod")
     if args.resume or args.imported is not None:
         return  # what they name may lie where the hosts are
     run, _, _ = plan(args)
@@ -168,6 +172,7 @@ def train_on(
         if checkpoints.latest is None:
             print(f"{directory.checkpoints} holds no checkpoint yet: training begins again")
     state = first_state(run, checkpoints, devices.mesh, imported=imported)
+    checkpoints.check_room(state)
     check_profile(args.profile, begin=int(state.step), steps=run.steps)
     record = describe(args, run, name, directory, shards)
     kept = args.resume and directory.tokenizer.exists()

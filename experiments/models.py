@@ -83,7 +83,7 @@ def begin_tokens(path: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The token that tokenizer_config.json has put before every text; chat templates name it."""
     if not (path / "tokenizer_config.json").is_file():
         return ()
-    record = json.loads((path / "tokenizer_config.json").read_text())
+    record = read_json(path / "tokenizer_config.json")
     token = token_name(record.get("bos_token"))
     if not record.get("add_bos_token") or not token:
         return ()
@@ -99,7 +99,7 @@ def stop_tokens(path: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The end-of-text tokens that generation_config.json or config.json name."""
     for name in ("generation_config.json", "config.json"):
         if (path / name).is_file():
-            eos = json.loads((path / name).read_text()).get("eos_token_id")
+            eos = read_json(path / name).get("eos_token_id")
             if eos is not None:
                 return tuple(eos) if isinstance(eos, list) else (eos,)
     return (tokenizer.eos,)
@@ -109,7 +109,7 @@ def chat_config(path: Path) -> dict[str, Any] | None:
     """tokenizer_config.json, when it holds a chat template (or chat_template.jinja does)."""
     if not (path / "tokenizer_config.json").is_file():
         return None
-    record = json.loads((path / "tokenizer_config.json").read_text())
+    record = read_json(path / "tokenizer_config.json")
     if (path / "chat_template.jinja").is_file():
         record["chat_template"] = (path / "chat_template.jinja").read_text()
     return record if isinstance(record.get("chat_template"), str) else None
@@ -132,5 +132,5 @@ def chat_prompt(record: dict[str, Any], messages: list[dict[str, str]]) -> str:
             bos_token=token_name(record.get("bos_token")),
             eos_token=token_name(record.get("eos_token")),
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:
         raise ValueError(f"the chat template is damaged: {error}") from error

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -72,7 +73,7 @@ class NetworkArgs:
 
 def network(args: NetworkArgs) -> None:
     """The command `network`."""
-    if args.mib <= 0:
+    if not 0 < args.mib < math.inf:
         raise ValueError(f"--mib {args.mib} must be positive")
     if args.tokens < 1:
         raise ValueError(f"--tokens {args.tokens} must be at least 1")

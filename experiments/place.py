@@ -55,6 +55,9 @@ def place(args: PlaceArgs) -> None:
     load_LE = load_TLE.mean(0)
     E = load_LE.shape[1]
     copies = redundant(E, args.devices) if args.copies is None else args.copies
+    if copies > (args.devices - 1) * E:
+        raise ValueError(f"--copies {copies}: with more than {(args.devices - 1) * E} a device "
+                         "would hold an expert twice")  # fmt: skip
     sizes = dict(places=E + copies, devices=args.devices, nodes=args.nodes, groups=args.groups)
     check(load_LE, **sizes)
     placed, better = placements(load_LE, sizes)

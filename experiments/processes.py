@@ -76,6 +76,10 @@ def group(processes: int | None) -> list[Place]:
     if processes is not None:
         if processes < 1:
             raise ValueError(f"--processes {processes} must be at least 1")
+        most = max(8, os.cpu_count() or 1)
+        if processes > most:
+            raise ValueError(f"--processes {processes} are more than this machine can run: at most "
+                             f"{most}")  # fmt: skip
         first = Place(0, processes, f"127.0.0.1:{free_port()}", ("this-host",) * processes)
         return [first.of(index) for index in range(processes)] if processes > 1 else []
     variables = os.environ
@@ -233,10 +237,8 @@ def supervise(places: Sequence[Place], words: Sequence[str]) -> int:
     Raises:
       ValueError: a process was lost, or ended with an error; the others are stopped by then.
     """
-    children = [
-        Child(place, words, shown=place.index == 0, cards=cards)
-        for place, cards in zip(places, shares(len(places)), strict=True)
-    ]
+    started = zip(places, shares(len(places)), strict=True)
+    children: list[Child] = []
     asked: list[int] = []
 
     def forward(signum, frame):
@@ -245,8 +247,12 @@ def supervise(places: Sequence[Place], words: Sequence[str]) -> int:
             # The runtime lets all processes stop after the same step on SIGTERM.
             child.process.send_signal(signal.SIGKILL if len(asked) > 1 else signal.SIGTERM)
 
+    # Before the first is started, or a signal would leave it without a parent.
     before = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
+        for place, cards in started:
+            if not asked:
+                children.append(Child(place, words, shown=place.index == 0, cards=cards))
         while any(child.code is None for child in children):
             failed = [c for c in children if c.failed(asked)]
             if failed:
@@ -292,6 +298,7 @@ def join(place: Place) -> None:
     Raises:
       ValueError: a process did not arrive; it is named.
     """
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     names = meet(place)
     jax.distributed.initialize(
         place.coordinator,
@@ -304,6 +311,13 @@ def join(place: Place) -> None:
         for index, name in enumerate(names):
             own = [d for d in jax.devices() if d.process_index == index]
             print(f"process {index}  {name}  {len(own)} x {own[0].device_kind}", flush=True)
+
+
+def end_with(parent: int) -> None:
+    """Ends this process as SIGTERM does when its parent is gone, which can then stop nothing."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def arrival() -> int:

@@ -11,6 +11,8 @@ import numpy as np
 import tyro
 
 from deepseek_jax.generate import Stream
+from deepseek_jax.latent_cache import check_format
+from deepseek_jax.sampling import Sampling
 from experiments.devices import MeshArgs, devices_of
 from experiments.models import chat_prompt, load_model, run_of
 from experiments.tables import write_json
@@ -64,6 +66,10 @@ def sample(args: SampleArgs) -> None:
     run = run_of(args.run)
     if args.draft and not run.config.num_mtp:
         raise ValueError(f"--draft needs a model with MTP modules, and {args.run} has none")
+    # Before the weights are read.
+    Sampling.of(args.temperature, args.top_k, args.top_p, args.min_p)
+    if args.cache is not None:
+        check_format(args.cache)
     devices = devices_of(args, run)
     with devices.scope():
         continue_prompt(args, devices.mesh)

@@ -127,13 +127,13 @@ def cluster(name: str) -> Cluster:
     Raises:
       ValueError: the name is not of that form, or its accelerator is not known.
     """
-    match = re.fullmatch(r"(.+)x(\d+)", name.lower().replace("-", "").replace("tpuv", "v"))
+    match = re.fullmatch(r"(.+)x(\d+)", name.lower())
     if match is None:
         raise ValueError(
             f"cluster {name!r} must be ACCELERATORxDEVICES, such as h200x2048 or v5px256: "
             f"the accelerators are {', '.join(ACCELERATORS)}"
         )
-    kind, devices = match[1], int(match[2])
+    kind, devices = match[1].replace("-", "").replace("tpuv", "v"), int(match[2])
     if kind not in ACCELERATORS:
         near = difflib.get_close_matches(kind, ACCELERATORS, n=1)
         hint = f"did you mean {near[0]}x{devices}? " if near else ""

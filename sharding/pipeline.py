@@ -6,6 +6,7 @@ its backward takes B, of which W is the weights' part, which can also run later 
 runs a forward and a backward of different micro-batches as one pair that takes F&B.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -35,10 +36,10 @@ class Times:
 
     def __post_init__(self):
         for name in ("forward", "backward", "weight", "pair"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive")
-        if self.hop < 0:
-            raise ValueError(f"hop={self.hop} must not be negative")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive and finite")
+        if not 0 <= self.hop < math.inf:
+            raise ValueError(f"hop={self.hop} must be finite and not negative")
         if self.weight >= self.backward:
             raise ValueError(
                 f"weight={self.weight} is a part of backward={self.backward}, so less than it"

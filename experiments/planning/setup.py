@@ -85,6 +85,8 @@ def named_sizes(words: str) -> dict[str, int]:
             raise ValueError(f"unknown mesh axis {axis!r}: the axes are {known} (in {word})")
         if not size.isdigit() or int(size) < 1:
             raise ValueError(f"--mesh {word!r} must be AXIS=SIZE with a size of at least 1")
+        if axis in sizes:
+            raise ValueError(f"--mesh {words} names {axis} twice")
         sizes[axis] = int(size)
     return sizes
 

@@ -39,5 +39,7 @@ def test_a_disk_that_a_checkpoint_fills(before, trained, compile_cache, tmp_path
     )
     parts = str(run / "checkpoints"), "free space there and resume"
     runs.refused(done.returncode, done.stderr, *parts)
+    # Where there is no room to begin with, not a step is trained.
+    assert (run / "metrics.jsonl").exists() == bool(before)
     assert not (run / "summary.json").exists() and not (run / "report.html").exists()
     assert not [path for path in (run / "checkpoints").iterdir() if path.name.isdigit()]

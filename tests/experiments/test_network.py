@@ -103,6 +103,7 @@ def test_a_network_of_ones_own(tmp_path):
         (["fat_tree_2", "--broken-switches", "1"], None, ["need --nodes"]),
         (["multi_plane", "--nodes", "2", "--broken-switches", "99"], None, ["no switch 99"]),
         (["multi_plane", "--nodes", "2", "--mib", "0"], None, ["--mib 0"]),
+        (["multi_plane", "--nodes", "2", "--mib", "nan"], None, ["--mib nan"]),
         (["multi_plane", "--nodes", "2", "--tokens", "0"], None, ["--tokens 0"]),
         (["absent.json"], None, ["absent.json"]),
         ([], {"ports": 3}, ["mine needs 4 ports on switch 0", "ports=3"]),

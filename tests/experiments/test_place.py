@@ -64,6 +64,7 @@ def test_copies_of_v3_are_an_eighth():
         ([[1, 2, 3, 4]], ["--devices", "4", "--nodes", "3"], ["devices=4", "nodes=3"]),
         ([[1, 2, 3, 4]], ["--devices", "2", "--groups", "3"], ["experts=4", "groups=3"]),
         ([[1, 2, 3, 4]], ["--devices", "0"], ["--devices 0"]),
+        ([[1, 2, 3, 4]], ["--devices", "2", "--copies", "5"], ["--copies 5", "more than 4"]),
         ([[1, -2]], ["--devices", "2"], ["not negative"]),
         ([[1, 2], [3]], [], ["loads.json", "equally long"]),
         ([1, 2], [], ["loads.json", "list of lists"]),

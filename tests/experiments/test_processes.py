@@ -65,7 +65,37 @@ def test_one_process_needs_no_others(monkeypatch):
     assert processes.group(None) == processes.group(1) == []
     with pytest.raises(ValueError, match="--processes 0 must be at least 1"):
         processes.group(0)
+    with pytest.raises(ValueError, match="--processes 1000 are more than this machine"):
+        processes.group(1000)
     assert [place.index for place in processes.group(3)] == [0, 1, 2]
+
+
+def test_a_process_whose_parent_is_gone_ends_as_by_sigterm(monkeypatch):
+    parents, sent = iter([7, 7, 1]), []
+    monkeypatch.setattr(processes.os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(processes.os, "kill", lambda *words: sent.append(words))
+    monkeypatch.setattr(processes.time, "sleep", lambda seconds: None)
+    processes.end_with(7)
+    assert sent == [(os.getpid(), signal.SIGTERM)]
+
+
+def test_a_signal_while_processes_are_started_leaves_none_of_them(monkeypatch):
+    made = []
+
+    class Started:
+        code = 143
+
+        def __init__(self, place, *_, **__):
+            self.place, self.process = place, self
+            made.append(self)
+            if place.index == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        send_signal = end = failed = lambda self, *_: None
+
+    monkeypatch.setattr(processes, "Child", Started)
+    assert processes.supervise(processes.group(4), []) == 143
+    assert len(made) == 2
 
 
 def meeting(group, seconds):
@@ -239,6 +269,8 @@ def test_the_manifest_gives_each_pod_what_its_process_needs():
     [
         ("--submit k8s", "--submit k8s needs --image"),
         ("--submit k8s --image a --volume claim", "--volume 'claim' must be CLAIM=PATH"),
+        ("--submit k8s --image a --volume claim=/shared --run /else/where",
+         "--run /else/where must lie below /shared"),
         ("tiiny --submit slurm", "unknown recipe 'tiiny'"),
         ("tiny --submit slurm --mesh fsdp=32 --nodes 4 --devices-per-node 8",
          "splits a batch over 32 devices, which must divide micro_batch=8"),

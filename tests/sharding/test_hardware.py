@@ -18,6 +18,7 @@ def test_a_cluster_is_an_accelerator_and_a_count():
     "name, message",
     [
         ("h20x8", "unknown accelerator 'h20' in cluster 'h20x8': did you mean h200x8"),
+        ("h200x-4", "cluster 'h200x-4' must be ACCELERATORxDEVICES"),
         ("a100", "cluster 'a100' must be ACCELERATORxDEVICES, such as h200x2048"),
         ("h200x0", "'h200x0' needs a multiple of 1 devices, not 0"),
         ("tpu7xx7", "'tpu7xx7' needs a multiple of 2 devices, not 7"),
