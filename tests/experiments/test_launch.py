@@ -156,6 +156,7 @@ def test_a_run_is_scored_with_room_for_any_load(trained, tmp_path, monkeypatch):
     # Training runs a batch again that found no room; nothing would run the score again.
     found = {}
     monkeypatch.setattr(launch, "first_state", lambda *_, **__: mock.Mock(step=0))
+    monkeypatch.setattr(launch.Checkpoints, "check_room", lambda *_: None)
     monkeypatch.setattr(
         launch, "train", lambda *args, **_: found.update(trained=args[6].scheme.room)
     )
