@@ -146,6 +146,12 @@ def save_huggingface(
         write_index(folder, shards)
 
 
+def check_absent(path: Path) -> None:
+    """Raises ValueError where a folder to be written is there already."""
+    if path.exists():
+        raise ValueError(f"{path} exists already: name another folder")
+
+
 class complete_folder:
     """A folder that gets its name when the block ends well, and is removed when it does not.
 
@@ -154,8 +160,7 @@ class complete_folder:
     """
 
     def __init__(self, path: Path, *, plan: object = None):
-        if path.exists():
-            raise ValueError(f"{path} exists already: name another folder")
+        check_absent(path)
         self._path, self._plan = path, plan
         self._partial = path.with_name(f".{path.name}.partial")
         self._record = self._partial / "plan.json"

@@ -137,11 +137,21 @@ def _size(record: dict[str, Any], ours: str, theirs: str) -> Any:
     if value is None and theirs in absent:
         return absent[theirs]
     real = theirs in ("rms_norm_eps", "routed_scaling_factor")
-    if isinstance(value, bool) or not isinstance(value, (int, float) if real else int):
-        raise ValueError(f"config.json: {theirs}={value!r} must be a number")
-    if not math.isfinite(value):
-        raise ValueError(f"config.json: {theirs}={value!r} must be finite")
-    return float(value) if real else value
+    if not real:
+        return _whole(theirs, value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"config.json: {theirs}={value!r} must be a finite number")
+    return float(value)
+
+
+def _whole(field: str, value: Any, *, least: int | None = None) -> int:
+    """A count of config.json."""
+    # JSON's true is an int to Python.
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"config.json: {field}={value!r} must be a whole number")
+    if least is not None and value < least:
+        raise ValueError(f"config.json: {field}={value} must be at least {least}")
+    return value
 
 
 def _router(record: dict[str, Any], score: str) -> dict[str, Any]:
@@ -184,16 +194,12 @@ def _dense_layers(record: dict[str, Any], num_layers: int) -> int:
     count = record.get("first_k_dense_replace", default)
     if count is None:
         raise ValueError("config.json: field first_k_dense_replace (num_dense_layers) is missing")
-    if isinstance(count, bool) or not isinstance(count, int):
-        raise ValueError(f"config.json: first_k_dense_replace={count!r} must be a whole number")
-    return min(count, num_layers)
+    return min(_whole("first_k_dense_replace", count), num_layers)
 
 
 def _mtp_layers(record: dict[str, Any]) -> int:
     count = record.get("num_nextn_predict_layers", record.get("num_mtp_layers")) or 0
-    if isinstance(count, bool) or not isinstance(count, int):
-        raise ValueError(f"config.json: num_nextn_predict_layers={count!r} must be a whole number")
-    return count
+    return _whole("num_nextn_predict_layers", count)
 
 
 def _rope(record: dict[str, Any]) -> tuple[float, Yarn | None]:
@@ -223,10 +229,7 @@ def _rope(record: dict[str, Any]) -> tuple[float, Yarn | None]:
     original = record.get("original_max_position_embeddings") or rope.get(
         "original_max_position_embeddings", length
     )
-    if isinstance(original, bool) or not isinstance(original, int) or original < 1:
-        raise ValueError(
-            f"config.json: original_max_position_embeddings={original!r} must be a positive number"
-        )
+    original = _whole("original_max_position_embeddings", original, least=1)
     factor = float(rope["factor"] if rope.get("factor") is not None else length / original)
     if not 1.0 <= factor < math.inf:
         raise ValueError(f"config.json: {factor=} of YaRN must be at least 1 and finite")

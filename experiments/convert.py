@@ -15,6 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from deepseek_jax.huggingface import (
     STORED,
+    check_absent,
     complete_folder,
     plan_shards,
     save_huggingface,
@@ -83,8 +84,7 @@ def export_run(args: ConvertArgs) -> None:
     """A run's model and tokenizer as a checkpoint folder."""
     if args.destination is None:
         raise ValueError(f"{args.source} is a run: name the folder to export it to")
-    if args.destination.exists():
-        raise ValueError(f"{args.destination} exists already: name another folder")
+    check_absent(args.destination)
     if args.audit or args.checksums or args.json is not None:
         raise ValueError(
             f"--audit, --checksums and --json list a checkpoint, but {args.source} is a run: "

@@ -20,7 +20,7 @@ import tyro
 from deepseek_jax.checkpoint import Checkpoints
 from deepseek_jax.config import Precision, Run, to_json
 from deepseek_jax.counts import param_counts
-from experiments import agreement, processes
+from experiments import agreement, hosts, processes, supervision
 from experiments.assignments import assigned
 from experiments.command_line import program
 from experiments.data import TokenShards, is_shards, prepare
@@ -87,15 +87,15 @@ class LaunchArgs(MeshArgs):
 
 def launch(args: LaunchArgs) -> None:
     """Trains in this process, in several that it starts and watches, or as a job it submits."""
-    place = processes.here()
+    place = hosts.here()
     if place is None and args.submit is not None:
         check_submitted(args)
         submit(args.submit, nodes=args.nodes, devices=args.devices_per_node, image=args.image,
                volume=args.volume, words=sys.argv[1:], dry_run=args.dry_run)
         return
-    places = processes.group(args.processes) if place is None else []
-    if places:
-        code = processes.supervise(places, ["-m", "experiments", *sys.argv[1:]])
+    group = hosts.group(args.processes) if place is None else []
+    if group:
+        code = supervision.supervise(group, ["-m", "experiments", *sys.argv[1:]])
         if code:
             raise SystemExit(code)
         return

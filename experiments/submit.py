@@ -7,7 +7,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.processes import ARRIVAL, COORDINATOR, COUNT
+from experiments.hosts import COORDINATOR, COUNT
+from experiments.processes import ARRIVAL
 
 # Words of the command line that say how to submit, not what to run, and whether a value follows.
 OWN = {"--submit": True, "--nodes": True, "--image": True, "--volume": True, "--dry-run": False}

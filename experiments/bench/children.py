@@ -18,7 +18,9 @@ from typing import Any, Protocol
 import jax
 
 from experiments.bench.kernel_run import brief
-from experiments.processes import group, here, is_first, join, supervise
+from experiments.hosts import group, here
+from experiments.processes import is_first, join
+from experiments.supervision import supervise
 
 GRACE = 15  # seconds that processes have to end by themselves
 

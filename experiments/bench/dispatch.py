@@ -14,9 +14,9 @@ from typing import Any, Literal
 from experiments.bench.children import Row, devices_of_host, run_cases
 from experiments.bench.kernel_report import verdict
 from experiments.bench.mesh_report import origin
+from experiments.hosts import free_port
 from experiments.planning.setup import ROOM
 from experiments.plots import logarithmic, new_figure, svg
-from experiments.processes import free_port
 from experiments.tables import print_table, write_json
 
 COMMAND = ("experiments.bench.dispatch_case",)

@@ -119,26 +119,26 @@ def curves_of(
         print(f"tokens   {shards.train.num_tokens:,} in {args.write_tokens}")
         return None
     args.out.mkdir(parents=True, exist_ok=True)
+    curves = curves_there(base, pieces, args)
+    missing = {name: pieces[name] for name in args.only or pieces if name not in curves}
+    if not missing:
+        return curves
+    train_missing(base, missing, curves, args, measure)
+    return curves_there(base, pieces, args)
+
+
+def curves_there(base: Run, pieces: Mapping[str, Any], args: PieceArgs) -> Curves:
+    """The curves of the pieces that have been trained, all of one recipe and text."""
+    curves: Curves = {}
     for name in pieces:
-        if curve_file(args.out, name).is_file():
-            there = json.loads(curve_file(args.out, name).read_text()).get("of")
-            if there != identity(base):
-                raise ValueError(f"{curve_file(args.out, name)} is the curve of another recipe, "
-                                 "data or number of steps: name another --out")  # fmt: skip
-    missing = [name for name in args.only or pieces if not curve_file(args.out, name).is_file()]
-    if missing:
-        train_missing(base, {name: pieces[name] for name in missing}, curves_there(pieces, args),
-                      args, measure)  # fmt: skip
-    curves = curves_there(pieces, args)
-    for name, curve in curves.items():
-        check_text(name, curve, next(iter(curves.values()))["text"], args.out)
+        path = curve_file(args.out, name)
+        if path.is_file():
+            curves[name] = json.loads(path.read_text())
+            if curves[name].get("of") != identity(base):
+                raise ValueError(f"{path} is the curve of another recipe, data or number of steps: "
+                                 "name another --out")  # fmt: skip
+            check_text(name, curves[name], next(iter(curves.values()))["text"], args.out)
     return curves
-
-
-def curves_there(pieces: Mapping[str, Any], args: PieceArgs) -> Curves:
-    """The curves of the pieces that have been trained."""
-    return {name: json.loads(curve_file(args.out, name).read_text())
-            for name in pieces if curve_file(args.out, name).is_file()}  # fmt: skip
 
 
 def text_of(shards: TokenShards, args: PieceArgs) -> dict[str, Any]:
