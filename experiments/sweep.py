@@ -160,6 +160,11 @@ def swept(
     notes = Notes(out)
     chosen = shortlist(found, best)
     say(f"{len(found)} setups costed, {sum(c.fits for c in found)} fit by formula")
+    wanted = int(run.batch_size.phases[-1].end)
+    made = sorted({c.setup.accumulation * c.setup.run.micro_batch for c in found} - {wanted})
+    if made:
+        sizes = " or ".join(f"{n:,}" for n in made)
+        say(f"steps of {wanted:,} sequences are not whole on these devices: {sizes} are costed")
     if chosen and not measured:
         compile_all(chosen, notes, say)
     if measured:

@@ -99,10 +99,12 @@ def train(
         stack.callback(batches.close)
         step_of = CompiledSteps(run, state, devices, display.say)
         first = next(batches)
-        memory = step_of.memory(first)
+        # A batch that grows needs more later, which is to be known before there is work to lose.
+        largest = run.accumulation_at(run.position_at(run.steps - 1) * run.seq_len)
+        memory = max(step_of.memory(first), step_of.memory(first, largest))
         directory.write_config(record)
         directory.forget_summary()  # of fewer steps
-        display.start([*header, ("memory", f"{memory / 2**30:.2f} GiB planned for the step")])
+        display.start([*header, ("memory", f"{memory / 2**30:.2f} GiB planned for a step")])
         stack.callback(display.stop)
         log = MetricsLog(directory.metrics, resume_step=begin)
         stack.callback(log.close)
@@ -207,8 +209,17 @@ class CompiledSteps:
             state, metrics = self._for(batch)(state, batch)
         return state, metrics
 
-    def memory(self, batch) -> int:
-        """Bytes of device memory that the step needs: its state, batch and intermediate values."""
+    def memory(self, batch, accumulation: int | None = None) -> int:
+        """Bytes of device memory that the step needs: its state, batch and intermediate values.
+
+        Args:
+          accumulation: of so many micro-batches like those of the batch.
+        """
+        if accumulation is not None:
+            like = lambda x: jax.ShapeDtypeStruct(
+                (accumulation, *x.shape[1:]), x.dtype, sharding=getattr(x, "sharding", None)
+            )
+            batch = {name: like(x) for name, x in batch.items()}
         return planned_bytes(self._for(batch))
 
 

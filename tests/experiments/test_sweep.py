@@ -127,8 +127,8 @@ def test_none_may_be_measured():
 def test_precision_and_batch_of_a_sweep_replace_those_of_the_recipe(tmp_path):
     words = "--cluster h200x1 --precision fp8 --batch 8".split()
     path = tmp_path / "rows.json"
-    code, _, err = call("sweep", "peer", *words, "--best", 0, "--out", tmp_path, "--json", path)
-    assert (code, err) == (0, "")
+    code, out, err = call("sweep", "peer", *words, "--best", 0, "--out", tmp_path, "--json", path)
+    assert (code, err) == (0, "") and "not whole" not in out
     found = json.loads(path.read_text())
     shapes = {(row["sequences"], row["accumulation"]) for row in found}
     assert shapes == {(1, 8), (2, 4), (4, 2), (8, 1)} and len(found) == 16
@@ -137,6 +137,12 @@ def test_precision_and_batch_of_a_sweep_replace_those_of_the_recipe(tmp_path):
     alike = setup(run, cluster("h200x1"), FITTED[0] | {"data": 1}, sequences=8, remat="none")
     of_it = [r for r in found if r["sequences"] == 8 and r["remat"] == "none"]
     assert of_it[0]["seconds"] == prediction(alike).seconds
+
+
+def test_a_batch_that_does_not_divide_is_said_to_be_rounded_up(tmp_path):
+    code, out, _ = call("sweep", "tiny", "--cluster", "cpux7", "--best", 0, "--out", tmp_path)
+    assert code == 0
+    assert "steps of 8 sequences are not whole on these devices: 14 are costed" in out
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,19 @@ def test_a_batch_is_its_sequences_in_order(trained):
         np.testing.assert_array_equal(batch[name].reshape(8, 21), array)
 
 
+def test_the_memory_of_a_later_batch_is_asked_for_with_more_micro_batches(monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "planned_bytes", seen.append)
+    monkeypatch.setattr(train.CompiledSteps, "_for", lambda self, batch: batch)
+    steps = train.CompiledSteps(ramped(), np.zeros(()))
+    first = {"tokens": np.zeros((1, 4, 21), np.int32), "segments": np.zeros((1, 4, 21), np.uint8)}
+    steps.memory(first, 4)
+    (asked,) = seen
+    assert {name: (x.shape, x.dtype) for name, x in asked.items()} == {
+        "tokens": ((4, 4, 21), np.int32), "segments": ((4, 4, 21), np.uint8)
+    }
+
+
 @pytest.mark.slow
 def test_a_ramp_trains_end_to_end(trained, monkeypatch, tmp_path):
     # The command line sets constant sizes only; a recipe may have a ramp.
@@ -69,10 +82,15 @@ def test_a_ramp_trains_end_to_end(trained, monkeypatch, tmp_path):
 
     monkeypatch.setitem(recipes.RECIPES, "ramp", ramp)
     monkeypatch.setattr("experiments.launch.finish", lambda *args, **kwargs: None)
+    planned, bytes_of = [], train.planned_bytes
+    keep = lambda compiled: planned.append(bytes_of(compiled)) or planned[-1]
+    monkeypatch.setattr(train, "planned_bytes", keep)
     words = ["launch", "ramp", "--run", tmp_path / "run", "--data", trained.run / "data"]
     code, out, err = runs.call(*words, "--steps", 7)
     assert (code, err) == (0, "")
     assert "40 to 80 tokens" in out
+    # The first step and the largest, which is compiled before training.
+    assert len(planned) == 2 and planned[0] < planned[1]
     tokens = [entry["tokens"] for entry in runs.metrics(tmp_path / "run")]
     assert np.diff([0, *tokens]).tolist() == [40, 40, 40, 40, 80, 80, 80]
 
