@@ -84,15 +84,19 @@ def begin_tokens(path: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     if not (path / "tokenizer_config.json").is_file():
         return ()
     record = read_json(path / "tokenizer_config.json")
-    token = token_name(record.get("bos_token"))
+    token = token_name(record, "bos_token")
     if not record.get("add_bos_token") or not token:
         return ()
     return tuple(int(t) for t in tokenizer.encode(token, special=True))
 
 
-def token_name(token: Any) -> str:
-    """The text of a token as tokenizer_config.json writes it."""
-    return (token.get("content") if isinstance(token, dict) else token) or ""
+def token_name(record: dict[str, Any], field: str) -> str:
+    """The text of a token as tokenizer_config.json writes it; empty where it names none."""
+    token = record.get(field)
+    text = (token.get("content") if isinstance(token, dict) else token) or ""
+    if not isinstance(text, str):
+        raise ValueError(f"tokenizer_config.json: {field}={token!r} must be a text")
+    return text
 
 
 def stop_tokens(path: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -101,7 +105,10 @@ def stop_tokens(path: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
         if (path / name).is_file():
             eos = read_json(path / name).get("eos_token_id")
             if eos is not None:
-                return tuple(eos) if isinstance(eos, list) else (eos,)
+                tokens = tuple(eos) if isinstance(eos, list) else (eos,)
+                if not all(type(token) is int for token in tokens):
+                    raise ValueError(f"{name}: eos_token_id={eos!r} must be token numbers")
+                return tokens
     return (tokenizer.eos,)
 
 
@@ -117,7 +124,6 @@ def chat_config(path: Path) -> dict[str, Any] | None:
 
 def chat_prompt(record: dict[str, Any], messages: list[dict[str, str]]) -> str:
     """A conversation as the model was trained to read it, up to where its answer begins."""
-    from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def refuse(text: str):
@@ -129,8 +135,11 @@ def chat_prompt(record: dict[str, Any], messages: list[dict[str, str]]) -> str:
         return environment.from_string(record["chat_template"]).render(
             messages=messages,
             add_generation_prompt=True,
-            bos_token=token_name(record.get("bos_token")),
-            eos_token=token_name(record.get("eos_token")),
+            bos_token=token_name(record, "bos_token"),
+            eos_token=token_name(record, "eos_token"),
         )
-    except (TemplateError, TypeError) as error:
-        raise ValueError(f"the chat template is damaged: {error}") from error
+    except ValueError:
+        raise
+    except Exception as error:  # a template is a program, which can fail in any way
+        raise ValueError(f"the checkpoint's chat template fails on this conversation: {error} "
+                         "(--raw continues the prompt without it)") from error  # fmt: skip

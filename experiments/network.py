@@ -131,7 +131,7 @@ def build(args: NetworkArgs) -> tuple[Cluster | None, Topology]:
             ports=args.ports,
         )  # fmt: skip
     elif args.network.endswith(".json"):
-        topology = check_connected(read_topology(Path(args.network)))
+        topology = read_topology(Path(args.network))
     else:
         raise ValueError(unknown("network", args.network, [*KINDS, "FILE.json"]))
     if args.nodes is None:
@@ -154,7 +154,14 @@ def read_topology(path: Path) -> Topology:
         raise ValueError(malformed) from error
     if not len(switch_E) or not isinstance(ports, int) or (numbers < 0).any():
         raise ValueError(f"{malformed}, switches numbered from 0")
-    return Topology(path.stem, ports, int(numbers.max()) + 1, switch_E, ends_C2)
+    loops = np.flatnonzero(ends_C2[:, 0] == ends_C2[:, 1])
+    if len(loops):
+        raise ValueError(f"{path}: cable {cables[loops[0]]} joins a switch to itself")
+    try:
+        topology = Topology(path.stem, ports, int(numbers.max()) + 1, switch_E, ends_C2)
+        return check_connected(topology)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def measured(topology: Topology, planes: int = 1) -> dict[str, Any]:

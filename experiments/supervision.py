@@ -123,6 +123,9 @@ def supervise(places: Sequence[Place], words: Sequence[str]) -> int:
 
     def forward(signum, frame):
         asked.append(signum)
+        if len(asked) == 1 and children:
+            print("stopping after the running step, or when what goes before or after training is "
+                  "done; a second signal stops at once", flush=True)  # fmt: skip
         for child in children:
             # The runtime lets all processes stop after the same step on SIGTERM.
             child.process.send_signal(signal.SIGKILL if len(asked) > 1 else signal.SIGTERM)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments.models import begin_tokens, chat_config, chat_prompt
+from experiments.models import begin_tokens, chat_config, chat_prompt, stop_tokens
 
 # In the manner of V3's: a namespace that is set in a loop, methods of strings, roles.
 TEMPLATE = """{% set ns = namespace(system='') %}
@@ -40,9 +40,11 @@ def test_a_conversation_that_the_template_refuses_is_one_line():
         chat_prompt(RECORD, [said("tool", "42")])
 
 
-@pytest.mark.parametrize("template", ["{% if %}", "{{ ''.__class__.__mro__ }}", "{{ nothing.at }}"])
+@pytest.mark.parametrize(
+    "template", ["{% if %}", "{{ ''.__class__.__mro__ }}", "{{ nothing.at }}", "{{ 1 // 0 }}"]
+)
 def test_templates_that_are_damaged_or_reach_for_more_are_refused(template):
-    with pytest.raises(ValueError, match="the chat template is damaged"):
+    with pytest.raises(ValueError, match="chat template fails on this conversation"):
         chat_prompt({"chat_template": template}, [said("user", "Hi")])
 
 
@@ -71,3 +73,14 @@ def test_the_template_is_that_of_the_checkpoint(tmp_path):
     assert chat_config(tmp_path) == RECORD
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     assert chat_prompt(chat_config(tmp_path), [said("user", "Hi")]) == "Hi"
+
+
+@pytest.mark.parametrize("eos", ["</s>", [1, "</s>"], 1.5, True])
+def test_tokens_that_are_no_numbers_or_names_are_refused_by_field(tmp_path, eos):
+    config = tmp_path / "generation_config.json"
+    config.write_text(json.dumps({"eos_token_id": eos}))
+    with pytest.raises(ValueError, match="generation_config.json: eos_token_id=.* token numbers"):
+        stop_tokens(tmp_path, None)
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true, "bos_token": 5}')
+    with pytest.raises(ValueError, match="tokenizer_config.json: bos_token=5 must be a text"):
+        begin_tokens(tmp_path, None)
