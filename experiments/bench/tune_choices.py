@@ -123,6 +123,10 @@ def gradients() -> dict[str, Tiles]:
         # A whole tile in store buffers.
         "3x128.whole": three(128, 3, 128, 1),
         "3x128.fetch": three(128, 3, 128, 1, fetch_sums=True),
+        # Fewer reads of shared memory for a product, and less beside one for the sums to hide.
+        "2x160": tile_scaled.Tiles(2, 160, 4, 32, 1, band=8),
+        "2x192": tile_scaled.Tiles(2, 192, 4, 32, 2, band=8),
+        "2x192.halves": tile_scaled.Tiles(2, 192, 4, 64, 1, band=8),
     }
 
 
