@@ -224,6 +224,8 @@ def quantising() -> Iterator[Choice]:
         if form.columns:
             found = {f"{b}.{s}.{w}": make(b, s, w) for b, s, w in ((2, 2, 2), (2, 1, 2), (1, 2, 2))}
             found |= {"2.2.1": make(2, 2), "3.1.1": make(3, 1), "1.3.2": make(1, 3, 2)}
+            # Warpgroups that share nothing: how many is all that counts, with two stages or three.
+            found |= {"5.2": make(5, 2), "4.3": make(4, 3)} if form.codes else {}
         else:
             found = {f"{b}.{s}": make(b, s) for b, s in ((4, 2), (3, 2), (2, 2), (3, 3), (2, 3))}
             found |= {"4.1": make(4, 1), "3.1": make(3, 1)}
@@ -242,10 +244,14 @@ def quantising() -> Iterator[Choice]:
 
 def fits(form: Any, tiles: Tiles) -> bool:
     """Whether so many blocks fit on an SM; one that does not would run after the others."""
-    stage = form.inputs * form.height * 128 * (1 if form.codes else 2)
+    if form.codes:
+        # A stage, its scales, the FP16 piece and its codes; scales of a slot more; the identity.
+        each = tiles.stages * (8192 + 512) + 16384 + 8192 + 1024
+        return tiles.blocks * tiles.warpgroups * each + 8192 <= 226 * 1024
+    stage = form.inputs * form.height * 128 * 2
     sites = form.rows + form.columns + 2 * form.keep
     pieces = 8192 * sites * (tiles.stages if form.one_piece else form.height // 64)
-    rest = 8192 * form.columns + 32768 * form.codes + 8192
+    rest = 8192 * form.columns + 8192
     return tiles.blocks * (tiles.stages * stage + pieces + rest) <= 228 * 1024
 
 

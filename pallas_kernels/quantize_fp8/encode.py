@@ -6,6 +6,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 
 from pallas_kernels import mosaic
 
@@ -17,6 +18,9 @@ AMAX_FLOOR = 1e-30
 INVERSE_MAX = 1 / 448
 WGMMA = plgpu.Layout.WGMMA
 BY_ROW, BY_COLUMN = WGMMA.reduce(1), WGMMA.reduce(0)
+# Rows of 32 or 64 with eight neighbours to a lane, where WGMMA's layout has two.
+LINES_32 = plgpu.Layout.WGMMA_UPCAST_4X
+LINES_64 = plgpu.Layout.TILED(Tiling(((16, 64), (4, 64), (8,))), (-5,), (-3, -2), -1)
 HALVES = (pl.ds(0, 64), pl.ds(64, 64))
 
 
@@ -56,13 +60,28 @@ def refined(guess, scale):
 def encode(x, axis, power_of_two):
     """Codes of a piece in registers, and their scales: one for each index of `axis`."""
     scale = scale_of(jnp.max(jnp.abs(x), axis=1 - axis), power_of_two)
+    return codes_of(x, scale, axis, power_of_two), scale
+
+
+def codes_of(x, scale, axis, power_of_two):
     # The conversion saturates. Of a power of two the reciprocal is exact as it is.
     factor = 1 / scale if power_of_two else inverse(scale)
-    return (x * lax.broadcast_in_dim(factor, x.shape, (axis,))).astype(F8), scale
+    return (x * lax.broadcast_in_dim(factor, x.shape, (axis,))).astype(F8)
 
 
-def index(shape, axis):
-    return plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, shape, axis), WGMMA)
+def rounded(x):
+    """FP32 rounded to BF16, a pair in one conversion: casts there and back take two slow ones."""
+    bits = lax.bitcast_convert_type(x.astype(BF16), jnp.int16).astype(jnp.int32)
+    return lax.bitcast_convert_type(bits << 16, jnp.float32)
+
+
+def spread(x, shape, axis, layout=WGMMA):
+    """A factor for each index of `axis` as an array of the whole shape."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, (axis,)), layout)
+
+
+def index(shape, axis, layout=WGMMA):
+    return plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, shape, axis), layout)
 
 
 def identity(dtype=BF16):
@@ -70,12 +89,24 @@ def identity(dtype=BF16):
     return jnp.where(row == column, jnp.float32(1), jnp.float32(0)).astype(dtype)
 
 
-def transposed(tile_smem, half, identity_smem):
-    """64 columns of a 16-bit tile [128, 128] as [64, 128] in FP32 registers."""
+def transposed(tile_smem, half, identity_smem, rows=HALVES):
+    """64 columns of a 16-bit tile [128, 128] as [64, 128] in FP32 registers, or of fewer rows."""
 
     def multiply(acc):
-        for rows in HALVES:
-            plgpu.wgmma(acc.at[:, rows], mosaic.transpose(tile_smem.at[rows, half]), identity_smem)
+        for place, source in zip(HALVES, rows, strict=False):
+            piece = mosaic.transpose(tile_smem.at[source, half])
+            plgpu.wgmma(acc.at[:, place], piece, identity_smem)
+        return acc[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((64, 64 * len(rows)), jnp.float32))
+
+
+def straight(tile_smem, half, identity_smem):
+    """64 rows of a BF16 tile as FP32 in registers: a product needs none of the conversions."""
+
+    def multiply(acc):
+        for columns in HALVES:
+            plgpu.wgmma(acc.at[:, columns], tile_smem.at[half, columns], identity_smem)
         return acc[...]
 
     return pl.run_scoped(multiply, plgpu.ACC((64, TILE), jnp.float32))
@@ -87,19 +118,24 @@ def swish(gate, up):
     return gate * (root * root) * up
 
 
-def store_line(line_smem, scale_gmem, row, piece, *, commit=False):
-    """64 scales, those beyond the end of the row left out; committed with what is copied next.
+def store_line(scale, line_smem, scale_gmem, row, piece):
+    """64 scales from registers to memory; of a row's short end, what it has.
 
-    Mosaic makes a linear copy of a piece of one dimension: it would run on into the next row.
+    That goes by way of shared memory, which must be free, and is committed with what is copied
+    next. Mosaic makes a linear copy of it: a whole piece would run on into the next row.
     """
     full, rest = divmod(scale_gmem.shape[1], 64)
-
-    def store(size):
-        source = line_smem.at[pl.ds(0, size)]
-        target = scale_gmem.at[row, pl.ds(piece * 64, size)]
-        plgpu.copy_smem_to_gmem(source, target, commit_group=commit)
-
     if full:
-        pl.when(piece < full)(lambda: store(64))
+
+        @pl.when(piece < full)
+        def _():
+            scale_gmem[row, pl.ds(piece * 64, 64)] = scale
+
     if rest:
-        pl.when(piece == full)(lambda: store(rest))
+
+        @pl.when(piece == full)
+        def _():
+            line_smem[...] = scale
+            plgpu.commit_smem()
+            target = scale_gmem.at[row, pl.ds(piece * 64, rest)]
+            plgpu.copy_smem_to_gmem(line_smem.at[pl.ds(0, rest)], target, commit_group=False)

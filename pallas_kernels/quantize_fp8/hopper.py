@@ -17,74 +17,37 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import mosaic
-from pallas_kernels.quantize_fp8 import tuned
+from pallas_kernels.quantize_fp8 import retiling, tuned
 from pallas_kernels.quantize_fp8.encode import (
     BF16,
-    BY_COLUMN,
-    BY_ROW,
     F8,
-    F16,
+    LINES_64,
     TILE,
     WGMMA,
     encode,
     identity,
     index,
     round_up,
+    rounded,
+    spread,
     store_line,
+    straight,
     swish,
     transposed,
 )
+from pallas_kernels.quantize_fp8.form import Form
 from pallas_kernels.quantize_fp8.tiles import Tiles
 
 
-def tiles_of(form: "Form") -> Tiles:
+def tiles_of(form: Form) -> Tiles:
     """As measured, or as many bytes in flight as fit."""
     if form.key in tuned.TILES:
         return tuned.TILES[form.key]
+    if form.codes:
+        return Tiles(blocks=5)
     if not form.columns:
         return Tiles(blocks=2 if form.inputs == 2 else 4)
     return Tiles(blocks=1 if form.inputs == 2 else 2, warpgroups=2)
-
-
-@dataclasses.dataclass(frozen=True)
-class Form:
-    """What is quantised, and which layouts leave.
-
-    inputs: 1, or 2 for silu(input 0) * input 1. codes: the input is FP8 with scales [k, M], and
-    leaves by columns alone. by_row, by_column: FP32 factors. masked: rows of each 128 from a count
-    on are taken as 0. keep: the inputs leave by rows too, which goes with `rows` alone.
-    """
-
-    inputs: int = 1
-    codes: bool = False
-    by_row: bool = False
-    by_column: bool = False
-    masked: bool = False
-    rows: bool = True
-    columns: bool = False
-    power_of_two: bool = False
-    keep: bool = False
-
-    @property
-    def plain(self) -> bool:
-        """The values are those of the operand in memory."""
-        return not (self.inputs == 2 or self.codes or self.by_row or self.by_column)
-
-    @property
-    def key(self) -> tuple[int, ...]:
-        """What decides how the form is best laid out."""
-        flags = (self.codes, self.by_column, self.rows, self.columns, self.keep)
-        return (self.inputs, *map(int, flags))
-
-    @property
-    def one_piece(self) -> bool:
-        """A tile leaves as one piece of 64 rows."""
-        return not (self.columns or self.keep)
-
-    @property
-    def height(self) -> int:
-        """Rows of a tile: those that share a scale of the transposed layout, or a warpgroup's."""
-        return TILE if self.columns else 64
 
 
 def _body(*refs, form, tiles, shape, blocks):
@@ -95,20 +58,20 @@ def _body(*refs, form, tiles, shape, blocks):
     refs = list(refs)
     take = lambda count: [refs.pop(0) for _ in range(count)]
     x_gmem = take(form.inputs)
-    (row_gmem,) = take(1) if form.by_row or form.codes else (None,)
+    (row_gmem,) = take(1) if form.by_row else (None,)
     (column_gmem,) = take(1) if form.by_column else (None,)
     (counts_gmem,) = take(1) if form.masked else (None,)
     code_gmem, scale_gmem = take(2) if form.rows else (None, None)
     kept_gmem = [take(2) for _ in range(form.inputs * form.keep)]
     turned_gmem, turned_scale_gmem = take(2) if form.columns else (None, None)
     x_smem = take(form.inputs)
-    (row_smem,) = take(1) if form.by_row or form.codes else (None,)
+    (row_smem,) = take(1) if form.by_row else (None,)
     (column_smem,) = take(1) if form.by_column else (None,)
     code_smem, scale_smem = take(2) if form.rows else (None, None)
     kept_smem = [take(2) for _ in kept_gmem]
     turned_smem, turned_scale_smem, identity_smem = take(3) if form.columns else (None,) * 3
-    # The products read their BF16 operand from where the input was, unless that is FP8.
-    tile_smem = take(1)[0] if form.codes else x_smem[0]
+    # The products read their operand from where the input was.
+    tile_smem = x_smem[0]
     full, free, written = refs
     warpgroup = lax.axis_index("warpgroup")
     height = form.height
@@ -128,7 +91,7 @@ def _body(*refs, form, tiles, shape, blocks):
 
     def fetch(i):
         slot = lax.rem(i, tiles.stages)
-        _, column, rows, columns = place(i)
+        _, _, rows, columns = place(i)
         copy = lambda source, target: plgpu.copy_gmem_to_smem(
             source, target.at[slot], full.at[slot]
         )
@@ -136,8 +99,6 @@ def _body(*refs, form, tiles, shape, blocks):
             copy(source.at[rows, columns], target)
         if form.by_row:
             copy(row_gmem.at[rows], row_smem)
-        if form.codes:
-            copy(row_gmem.at[column, rows], row_smem)
         if form.by_column:
             copy(column_gmem.at[columns], column_smem)
 
@@ -153,44 +114,46 @@ def _body(*refs, form, tiles, shape, blocks):
         for i in range(tiles.stages):
             pl.when(i < count)(functools.partial(fetch, jnp.int32(i)))
         if form.columns:
-            identity_smem[...] = identity(F16 if form.codes else BF16)
+            identity_smem[...] = identity()
 
     if form.columns:
         meet()
 
-    def masked(x, half, valid):
+    # Eight to a lane, unless the swizzle is that of a narrow width, or the factors of eight
+    # columns would be needed, which are more than one load.
+    lines = WGMMA if form.by_column or x_gmem[0].shape[1] % 64 else LINES_64
+
+    def masked(x, half, valid, layout=WGMMA):
         if not form.masked:
             return x
-        return jnp.where(index(x.shape, 0) < valid - half.start, x, jnp.zeros_like(x))
+        return jnp.where(index(x.shape, 0, layout) < valid - half.start, x, jnp.zeros_like(x))
 
-    def operand(ref, slot, half):
-        return mosaic.load(ref.at[slot, half], WGMMA).astype(jnp.float32)
+    def operand(ref, place, layout=WGMMA):
+        return mosaic.load(ref.at[place], layout).astype(jnp.float32)
 
-    def values(slot, half, valid):
-        """64 rows as FP32 in registers; rounded to BF16 unless they are the operand's."""
-        x = [operand(ref, slot, half) for ref in x_smem]
+    def values(slot, half, valid, columns, layout=WGMMA):
+        """64 rows as FP32 in registers, not rounded yet."""
+        x = [operand(ref, (slot, half, columns), layout) for ref in x_smem]
         x = swish(*x) if form.inputs == 2 else x[0]
         if form.by_row:
-            factor = mosaic.load(row_smem.at[slot, half], BY_ROW)
-            x = x * lax.broadcast_in_dim(factor, x.shape, (0,))
+            factor = mosaic.load(row_smem.at[slot, half], layout.reduce(1))
+            x = x * spread(factor, x.shape, 0, layout)
         if form.by_column:
-            factor = mosaic.load(column_smem.at[slot], BY_COLUMN)
-            x = x * lax.broadcast_in_dim(factor, x.shape, (1,))
-        x = masked(x, half, valid)
-        return x if form.plain else x.astype(BF16).astype(jnp.float32)
+            factor = mosaic.load(column_smem.at[slot, columns], layout.reduce(0))
+            x = x * spread(factor, x.shape, 1, layout)
+        return masked(x, half, valid, layout)
 
     def store(encoded, code_smem, scale_smem, code_gmem, line):
         """Codes and scales of a piece, once the copies that last used its buffers have read them.
 
         All pieces take turns, and the copies of one are one group.
         """
+        codes, scale = encoded
         plgpu.wait_smem_to_gmem(turns - 1, wait_read_only=True)
-        code_smem[...], scale_smem[...] = encoded
+        code_smem[...] = codes
         plgpu.commit_smem()
-        store_line(scale_smem, *line)
+        store_line(scale, scale_smem, *line)
         plgpu.copy_smem_to_gmem(code_smem, code_gmem)
-
-    tile_slot = lambda slot: 0 if form.codes else slot
 
     def step(i, _):
         slot = lax.rem(i, tiles.stages)
@@ -205,19 +168,27 @@ def _body(*refs, form, tiles, shape, blocks):
             place_of = (pl.ds(row * height + piece * 64, 64), columns)
             line = (column, row * (height // 64) + piece)
             for ref, (code, scale), kept in zip(x_smem, kept_gmem, kept_smem, strict=False):
-                x = masked(operand(ref, slot, half), half, valid)
+                x = masked(operand(ref, (slot, half)), half, valid)
                 buffers_of = (ref.at[0] for ref in kept)
                 encoded = encode(x, 0, form.power_of_two)
                 store(encoded, *buffers_of, code.at[place_of], (scale, *line))
-            if form.codes:
-                # Exact in FP16, and fewer instructions than by FP32 to BF16.
-                tile_smem[0, half] = mosaic.load(x_smem[0].at[slot, half], WGMMA).astype(F16)
-                continue
-            x = values(slot, half, valid)
-            # The products below read the values from shared memory.
-            if form.columns and (form.masked or not form.plain):
-                tile_smem[slot, half] = x.astype(BF16)
+            if form.made:
+                # The products read the values from where the input was; a few at a time in
+                # registers, of which there are enough for two blocks on an SM.
+                def make(chunk, _, half=half):
+                    part = pl.ds(chunk * 64, 64)
+                    x = values(slot, half, valid, part, lines)
+                    tile_smem[slot, half, part] = x.astype(BF16)
+
+                lax.fori_loop(0, TILE // 64, make, None)
             if form.rows:
+                if form.made:
+                    plgpu.commit_smem()
+                if form.columns:
+                    x = straight(tile_smem.at[slot], half, identity_smem)
+                else:
+                    x = values(slot, half, valid, pl.ds(0, TILE))
+                    x = x if form.plain else rounded(x)
                 buffer = slot if form.one_piece else piece
                 store(
                     encode(x, 0, form.power_of_two),
@@ -227,18 +198,11 @@ def _body(*refs, form, tiles, shape, blocks):
                     (scale_gmem, *line),
                 )
         if form.columns:
-            if form.masked or not form.plain:
+            if form.made:
                 meet()
             for piece in pieces:
                 half = pl.ds(piece * 64, 64)
-                x = transposed(tile_smem.at[tile_slot(slot)], half, identity_smem)
-                if form.codes:
-                    # The next tile takes the place of this one, of which both halves were read.
-                    meet()
-                    factor = mosaic.load(row_smem.at[slot], BY_COLUMN)
-                    x = x * lax.broadcast_in_dim(factor, x.shape, (1,))
-                if form.codes and form.masked:
-                    x = jnp.where(index(x.shape, 1) < valid, x, jnp.zeros_like(x))
+                x = transposed(tile_smem.at[slot], half, identity_smem)
                 store(
                     encode(x, 0, form.power_of_two),
                     turned_smem.at[piece],
@@ -282,6 +246,18 @@ def quantize(
     last dimension of scales is rounded up to a multiple of 4 (TMA).
     """
     num_rows, width, blocks = x[0].shape[0], width or x[0].shape[1], cores * tiles.blocks
+    if form.codes:
+        return retiling.retile(
+            x[0],
+            row_M,
+            counts_m,
+            width=width,
+            power_of_two=form.power_of_two,
+            tiles=tiles,
+            cores=cores,
+            name=name,
+            interpret=interpret,
+        )
     if not form.columns:
         tiles = dataclasses.replace(tiles, warpgroups=1)
     x = tuple(map(mosaic.pad_rows, x))
@@ -297,11 +273,9 @@ def quantize(
     scratch += [
         stage((form.height, TILE), x[0].dtype, mosaic.swizzled(TILE, x[0].dtype, x[0].shape[1]))
     ] * form.inputs
-    scratch += [stage((form.height,), jnp.float32)] * (form.by_row + form.codes)
+    scratch += [stage((form.height,), jnp.float32)] * form.by_row
     scratch += [stage((TILE,), jnp.float32)] * form.by_column
     # Both operands of the products want the same swizzle.
-    tile_width = 0 if form.codes else x[0].shape[1]
-    tile_dtype = F16 if form.codes else BF16
     if form.rows:
         out_type += [
             shape_of((x[0].shape[0], column_tiles * TILE), F8),
@@ -317,11 +291,9 @@ def quantize(
         scratch += [
             pieces,
             lines,
-            plgpu.SMEM((64, 64), tile_dtype, transforms=mosaic.swizzled(64, BF16, tile_width)),
+            plgpu.SMEM((64, 64), BF16, transforms=mosaic.swizzled(64, BF16, x[0].shape[1])),
         ]
-    if form.codes:
-        scratch += [plgpu.SMEM((1, TILE, TILE), F16, transforms=mosaic.swizzled(TILE, F16))]
-    arrivals = form.inputs + form.by_row + form.codes + form.by_column
+    arrivals = form.inputs + form.by_row + form.by_column
     scratch += [
         plgpu.Barrier(num_arrivals=arrivals, num_barriers=tiles.stages),
         plgpu.Barrier(num_arrivals=tiles.warpgroups, num_barriers=tiles.stages),
@@ -337,6 +309,8 @@ def quantize(
         thread_name="warpgroup",
         scratch_types=scratch,
         interpret=interpret,
+        # Of the exponential of SwiGLU: what it flushes to zero is added to 1.
+        approx_math=form.inputs == 2,
     )
     extra = [a for a in (row_M, column_K, counts_m) if a is not None]
     out = [mosaic.varying_like(x[0], array) for array in kernel(*x, *extra)]

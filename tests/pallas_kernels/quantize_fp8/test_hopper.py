@@ -120,7 +120,8 @@ def test_scales_are_stored_within_their_rows(monkeypatch):
         return copy(source, target, **options)
 
     monkeypatch.setattr(encode.plgpu, "copy_smem_to_gmem", record)
-    for shape, right in (((1001, 2112), {64, 44}), ((3, 16), {4, 16}), ((256, 128), {64})):
+    # Pieces of 64 are stored from registers; what is copied is the short end of a row.
+    for shape, right in (((1001, 2112), {44}), ((3, 16), {4, 16}), ((256, 128), set())):
         sizes.clear()
         with on(HOPPER):
             call = jax.jit(functools.partial(quantize_tiles, by="both"))
