@@ -36,25 +36,24 @@ FEW: dict[tuple[int, ...], block_scaled.Tiles] = {
 
 # (N, K) of weight gradients.
 GRADIENT_TILES: dict[tuple[int, ...], tile_scaled.Tiles] = {
-    # 802 TFLOP/s, before 796 TFLOP/s; NVIDIA H200, 2026-11-30, commit 168fab0.
-    (2112, 7168): tile_scaled.Tiles(
-        warpgroups=3, stages=4, store_columns=64, store_buffers=1, memory_registers=24
-    ),
+    # 856 TFLOP/s, before 810 TFLOP/s; NVIDIA H200, 2026-12-01, commit dcaad58.
+    (2112, 7168): tile_scaled.Tiles(columns=160, stages=4, store_buffers=1),
     # 858 TFLOP/s, before 826 TFLOP/s; NVIDIA H200, 2026-11-30, commit 5ea3c52.
     (4096, 7168): tile_scaled.Tiles(
         warpgroups=3, columns=96, stages=4, store_columns=96, store_buffers=1, band=16,
         memory_registers=24
     ),
-    # 868 TFLOP/s, 3 x 96 778; NVIDIA H200, 2026-11-25, commit fd7fe05.
-    (7168, 2048): tile_scaled.Tiles(3, 128, 4, band=16, memory_registers=24),
+    # 826 TFLOP/s, before 796 TFLOP/s; NVIDIA H200, 2026-12-01, commit dcaad58.
+    (7168, 2048): tile_scaled.Tiles(columns=160, stages=4, store_buffers=1),
     # 841 TFLOP/s, before 829 TFLOP/s; NVIDIA H200, 2026-11-30, commit 5ea3c52.
     (7168, 16384): tile_scaled.Tiles(
         warpgroups=3, columns=96, stages=4, store_columns=96, store_buffers=1, band=16,
         memory_registers=24
     ),
-    # 877 TFLOP/s, before 856 TFLOP/s; NVIDIA H200, 2026-11-30, commit 168fab0.
+    # 901 TFLOP/s, before 860 TFLOP/s; NVIDIA H200, 2026-12-01, commit dcaad58.
     (24576, 1536): tile_scaled.Tiles(
-        warpgroups=3, stages=4, store_columns=64, store_buffers=1, memory_registers=24
+        warpgroups=3, columns=96, stages=4, store_columns=96, store_buffers=1, band=16,
+        memory_registers=24
     ),
     # 777 TFLOP/s, before 740 TFLOP/s; NVIDIA H200, 2026-11-30, commit 5ea3c52.
     (32768, 512): tile_scaled.Tiles(
