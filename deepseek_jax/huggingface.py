@@ -5,6 +5,7 @@ the host holds no more than that.
 """
 
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -166,12 +167,31 @@ class complete_folder:
         self._record = self._partial / "plan.json"
 
     def __enter__(self) -> Path:
+        self._hold()
         if not self._begun():
-            shutil.rmtree(self._partial, ignore_errors=True)
-            self._partial.mkdir(parents=True)
+            for left in self._partial.iterdir():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
             if self._plan is not None:
                 write_json(self._record, self._plan)
         return self._partial
+
+    def _hold(self) -> None:
+        """Keeps other processes from writing the same folder as long as this one lives."""
+        self._partial.mkdir(parents=True, exist_ok=True)
+        self._held = os.open(self._partial, os.O_RDONLY)
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            check_absent(self._path)  # another may just have ended
+        except BlockingIOError as error:
+            os.close(self._held)
+            raise ValueError(
+                f"another process writes {self._path} now: wait for it, or name another folder"
+            ) from error
+        except OSError:
+            pass  # a file system that knows no locks
+        except ValueError:
+            os.close(self._held)
+            raise
 
     def _begun(self) -> bool:
         if self._plan is None or not self._record.is_file():
@@ -187,6 +207,7 @@ class complete_folder:
             os.replace(self._partial, self._path)
         elif self._plan is None:
             shutil.rmtree(self._partial, ignore_errors=True)
+        os.close(self._held)
 
 
 def specs_of(entry: Entry, format: Format) -> list[Spec]:

@@ -141,7 +141,9 @@ def check_written(arguments: Any) -> None:
         raise ValueError(f"--json {path} is a folder: name a file")
     for name in ("run", "source", "destination", "imported"):
         folder = getattr(arguments, name, None)
-        if path.exists() and folder and path.resolve().is_relative_to(Path(folder).resolve()):
+        # A file in a folder that is yet to be made would be in its way.
+        of_it = folder and (path.exists() or name == "destination")
+        if of_it and path.resolve().is_relative_to(Path(folder).resolve()):
             raise ValueError(f"--json {path} is a file of {folder}: name another")
     probe = path.with_name(f".{path.name}.{os.getpid()}")
     try:

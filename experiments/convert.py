@@ -62,6 +62,8 @@ class ConvertArgs:
 
 def convert(args: ConvertArgs) -> None:
     """Checks, lists and writes."""
+    if args.destination is not None:
+        check_absent(args.destination)
     if not is_checkpoint(args.source) and (args.source / "checkpoints").is_dir():
         export_run(args)
         return
@@ -84,7 +86,6 @@ def export_run(args: ConvertArgs) -> None:
     """A run's model and tokenizer as a checkpoint folder."""
     if args.destination is None:
         raise ValueError(f"{args.source} is a run: name the folder to export it to")
-    check_absent(args.destination)
     if args.audit or args.checksums or args.json is not None:
         raise ValueError(
             f"--audit, --checksums and --json list a checkpoint, but {args.source} is a run: "

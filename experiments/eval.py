@@ -43,7 +43,7 @@ class EvalArgs(MeshArgs):
 
     run: Annotated[Path, tyro.conf.Positional]
     """Directory of the run."""
-    data: tuple[str, ...] = ()
+    data: tuple[str, ...] | None = None
     """Files or folders to score instead of the run's validation text."""
     batch_size: int = 16
     """Sequences scored at once."""
@@ -55,10 +55,12 @@ class EvalArgs(MeshArgs):
 
 def evaluate(args: EvalArgs) -> None:
     """Scores text with a checkpoint and prints the figures."""
+    if args.data == ():
+        raise ValueError("--data needs a path; without --data the validation text is scored")
     directory = RunDirectory(args.run)
     devices = devices_of(args, directory.read_run())
     run, state = load_run(directory, step=args.step, mesh=devices.mesh)
-    with devices.scope(), scored_split(directory, args.data) as (split, shards):
+    with devices.scope(), scored_split(directory, args.data or ()) as (split, shards):
         row = score(run, state, shards, split, batch_size=args.batch_size)
     print_table([row], title=f"{args.run}, step {int(state.step)}", json_path=args.json)
 

@@ -196,14 +196,23 @@ def train_on(
     except Stopped as stopped:
         print(
             f"saved after step {stopped.step} of {run.steps}; go on with: "
-            f"{program()} launch --run {shlex.quote(str(directory.path))} --resume"
+            f"{resume_words(directory)}"
         )
         # The report of what there is, so that an interrupted run can be looked at.
         if processes.is_first():
             write_report_if_possible(directory)
         raise SystemExit(128 + stopped.signum) from None
-    with devices.for_any_load().scope():
-        finish(run, directory, shards, state, args.json)
+    try:
+        with devices.for_any_load().scope():
+            finish(run, directory, shards, state, args.json)
+    except KeyboardInterrupt:
+        print(f"all {run.steps} steps are saved; score them with: {resume_words(directory)}")
+        raise
+
+
+def resume_words(directory: RunDirectory) -> str:
+    """The command that goes on with a run."""
+    return f"{program()} launch --run {shlex.quote(str(directory.path))} --resume"
 
 
 def plan(args: LaunchArgs) -> tuple[Run, str, RunDirectory]:
@@ -222,7 +231,7 @@ def plan(args: LaunchArgs) -> tuple[Run, str, RunDirectory]:
         else:
             run = dataclasses.replace(recorded, steps=args.steps or recorded.steps)
         run = override(run, args)
-        check_unchanged(recorded, run)
+        check_unchanged(recorded, run, named=args.recipe)
         check_rate(recorded, run)
         return run, name, directory
     name = (args.recipe or "tiny").replace("-", "_")

@@ -3,9 +3,7 @@
 import contextlib
 import json
 import os
-import signal
 import socket
-import threading
 import time
 from collections.abc import Iterator
 
@@ -13,6 +11,7 @@ import jax
 import numpy as np
 
 from experiments.hosts import Place
+from experiments.supervision import end_with_parent
 
 HEARTBEAT = 20  # seconds without a sign of life after which a process counts as lost
 # Seconds that processes have to meet, where a minute is not right.
@@ -27,7 +26,7 @@ def join(place: Place) -> None:
     Raises:
       ValueError: a process did not arrive; it is named.
     """
-    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    end_with_parent()
     names = meet(place)
     jax.distributed.initialize(
         place.coordinator,
@@ -40,13 +39,6 @@ def join(place: Place) -> None:
         for index, name in enumerate(names):
             own = [d for d in jax.devices() if d.process_index == index]
             print(f"process {index}  {name}  {len(own)} x {own[0].device_kind}", flush=True)
-
-
-def end_with(parent: int) -> None:
-    """Ends this process as SIGTERM does when its parent is gone, which can then stop nothing."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def arrival() -> int:

@@ -40,7 +40,7 @@ def read_records(run_dir: Path) -> Records:
     """Read config.json, metrics.jsonl and summary.json; only the first must exist."""
     if not (run_dir / "config.json").is_file():
         raise ValueError(f"{run_dir} holds no config.json: name the folder of a run")
-    config = json.loads((run_dir / "config.json").read_text())
+    config = read_object(run_dir / "config.json", "name the folder of a run that is whole")
     # A step written twice, before a crash and after the resume, counts once.
     lines = {line["step"]: line for line in metrics_lines(run_dir / "metrics.jsonl")}
     steps = sorted(lines)
@@ -62,20 +62,36 @@ def read_summary(path: Path) -> dict[str, Any] | None:
     """summary.json; None where there is none."""
     if not path.is_file():
         return None
+    return read_object(path, "delete it")
+
+
+def read_object(path: Path, mend: str) -> dict[str, Any]:
+    """A JSON object of a file."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError(f"{type(found).__name__}, no object")
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it") from error
+        raise ValueError(f"{path} is damaged ({error}): {mend}") from error
+    return found
 
 
 def metrics_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of metrics.jsonl; a last line that was cut off is left out."""
     if not path.is_file():
         return
-    with path.open() as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
+    with path.open(errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n"):
+                return
+            try:
+                entry = json.loads(line)
+                _ = entry["step"]
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(
+                    f"{path} is damaged in line {number}: delete that line, which is of one step"
+                ) from error
+            yield entry
 
 
 def floats(values: Iterable[float | None]) -> np.ndarray:

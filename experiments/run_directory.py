@@ -110,6 +110,8 @@ class RunDirectory:
             raise ValueError(f"{self.checkpoints} holds no checkpoint of this run: {LOST}")
         if step and not metrics.exists():
             raise ValueError(f"{metrics} is missing, which a run goes on with: {LOST}")
+        if step and steps < step:
+            print(f"{metrics} ends at step {steps}: its curves will miss those up to {step}")
 
     def write_tokenizer(self, source: Path) -> None:
         """Keeps a copy of a tokenizer.json, whole or not at all."""
@@ -179,8 +181,12 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def check_unchanged(recorded: Run, run: Run) -> None:
-    """Raises a ValueError that lists the fields in which a resumed run differs from its record."""
+def check_unchanged(recorded: Run, run: Run, *, named: str | None = None) -> None:
+    """Raises a ValueError that lists the fields in which a resumed run differs from its record.
+
+    Args:
+      named: the recipe that was named again, whose schedule depends on the number of steps.
+    """
     changed = [
         line
         for line in differing_fields(recorded, run)
@@ -189,7 +195,8 @@ def check_unchanged(recorded: Run, run: Run) -> None:
     if changed:
         raise ValueError(
             "the configuration differs from the run to resume: " + "; ".join(changed)
-            + "; resume with the same, or start another --run"
+            + "; resume with the same" + f" without naming {named}" * (named is not None)
+            + ", or start another --run"
         )
 
 

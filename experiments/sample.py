@@ -13,7 +13,7 @@ import tyro
 from deepseek_jax.generate import Stream
 from deepseek_jax.latent_cache import check_format
 from deepseek_jax.sampling import Sampling
-from experiments.devices import MeshArgs, devices_of
+from experiments.devices import MeshArgs, devices_of, make_cpu_devices
 from experiments.models import chat_prompt, load_model, run_of
 from experiments.tables import write_json
 
@@ -57,6 +57,7 @@ class SampleArgs(MeshArgs):
 
 def sample(args: SampleArgs) -> None:
     """Prints the prompt and its continuation as it is made."""
+    make_cpu_devices(args.mesh)  # while JAX has not looked for devices
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed {args.seed} must be at least 0, at most {2**32 - 1}")
     try:
@@ -84,9 +85,12 @@ def continue_prompt(args: SampleArgs, mesh: jax.sharding.Mesh | None) -> None:
     else:
         tokens = [*loaded.begin, *(int(t) for t in tokenizer.encode(args.prompt))]
         tokens = tokens or [tokenizer.eos]
+    if len(tokens) >= config.max_length:
+        raise ValueError(f"a prompt of {len(tokens)} tokens leaves no room for another in "
+                         f"max_length={config.max_length}: shorten it")  # fmt: skip
     max_new_tokens = args.max_new_tokens
     if max_new_tokens is None:
-        max_new_tokens = max(1, min(200, config.max_length - len(tokens)))
+        max_new_tokens = min(200, config.max_length - len(tokens))
     began = time.perf_counter()
     texts = Stream(
         loaded.model,

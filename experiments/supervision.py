@@ -56,8 +56,12 @@ class Child:
         return self.process.poll()
 
     def failed(self, asked: Sequence[int]) -> bool:
-        """Whether it ended, and not because it was asked to; early on SIGTERM still kills it."""
-        fine = (None, 0, 128 + signal.SIGTERM, *[-signal.SIGTERM] * bool(asked))
+        """Whether it ended, and not because it was asked to; early on SIGTERM still kills it.
+
+        A second signal does so at any time.
+        """
+        fine = (None, 0, 128 + signal.SIGTERM, *[-signal.SIGTERM] * bool(asked),
+                *[-signal.SIGKILL] * (len(asked) > 1))
         return self.code not in fine
 
     def end(self) -> None:
@@ -126,6 +130,8 @@ def supervise(places: Sequence[Place], words: Sequence[str]) -> int:
         if len(asked) == 1 and children:
             print("stopping after the running step, or when what goes before or after training is "
                   "done; a second signal stops at once", flush=True)  # fmt: skip
+        if len(asked) == 2:
+            print("stopped at once; a run that has begun goes on with --resume", flush=True)
         for child in children:
             # The runtime lets all processes stop after the same step on SIGTERM.
             child.process.send_signal(signal.SIGKILL if len(asked) > 1 else signal.SIGTERM)
@@ -160,6 +166,17 @@ def supervise(places: Sequence[Place], words: Sequence[str]) -> int:
             child.end()
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def end_with_parent() -> None:
+    """Has this process, a child, end as by SIGTERM when its parent, which could end it, is gone."""
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def lost_elsewhere(child: Child) -> str:

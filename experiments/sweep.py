@@ -232,8 +232,12 @@ def compile_all(chosen: Sequence[Candidate], notes: "Notes", say) -> None:
         held = f"{found.peak / GIB:.1f} GiB" if found.refused is None else "does not fit"
         say(f"  compiled {c.setup.name}: {held}, {found.cpu_seconds:.0f} s of processor time")
 
-    with ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) // 2)) as pool:
+    pool = ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) // 2))
+    try:
         list(pool.map(one, todo))
+    finally:
+        # Interrupted, it does not wait for what is being compiled, which ends with this process.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def fitted(chosen: Sequence[Candidate], reached: Reached, notes: "Notes", say) -> Reached:
@@ -283,10 +287,25 @@ class Notes:
         self._found: dict[tuple[str, str], dict] = {}
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            lines = self._path.read_text().splitlines() if self._path.exists() else ()
-            for line in lines:
+            self._read()
+
+    def _read(self) -> None:
+        """What is there; a last line that was cut off is left out, and cut off in the file too."""
+        if not self._path.exists():
+            return
+        text = self._path.read_bytes()
+        whole = text[: text.rfind(b"\n") + 1]
+        if whole != text:
+            os.truncate(self._path, len(whole))
+        for number, line in enumerate(whole.decode(errors="replace").splitlines(), start=1):
+            try:
                 kind, name, value = json.loads(line)
-                self._found[kind, name] = value
+                self._found[kind, name] = dict(value)
+            except (ValueError, TypeError) as error:
+                raise ValueError(
+                    f"{self._path} is damaged in line {number}: delete that line, or name another "
+                    "--out"
+                ) from error
 
     def get(self, kind: str, setup: Setup) -> dict | None:
         return self._found.get((kind, key(setup)))
@@ -305,10 +324,12 @@ def key(setup: Setup) -> str:
 
 def write(rows: Sequence[Row], out: Path, *, title: str, where: Cluster) -> None:
     """table.csv, table.json, picture.png."""
-    with open(out / "table.csv", "w", newline="") as file:
+    partial = out / ".table.csv.partial"
+    with open(partial, "w", newline="") as file:
         writer = csv.DictWriter(file, [f.name for f in dataclasses.fields(Row)])
         writer.writeheader()
         writer.writerows(dataclasses.asdict(row) for row in rows)
+    os.replace(partial, out / "table.csv")
     write_json(out / "table.json", [dataclasses.asdict(row) for row in rows])
     points = [
         Point(r.bytes / GIB, r.seconds, r.fits, r.front,

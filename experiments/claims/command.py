@@ -57,6 +57,8 @@ class ClaimsArgs:
 def claims(args: ClaimsArgs) -> None:
     """The command `claims`."""
     chosen = choose(args.names)
+    if args.data and args.measure is None:
+        raise ValueError(f"--data {args.data[0]} is text to measure on: it goes with --measure")
     if args.measure is not None:
         measure(args.measure, args.data)
         if args.measure.resolve() != RESULTS:

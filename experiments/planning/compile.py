@@ -7,6 +7,7 @@ compiled program as one line of JSON.
 import dataclasses
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from experiments.planning import targets
 from experiments.planning.hlo import Array, Collective, read
 from experiments.planning.setup import Setup
 from experiments.planning.targets import Target
+from experiments.supervision import end_with_parent
 from sharding.hardware import cluster
 from sharding.placement import Scheme
 
@@ -47,6 +49,7 @@ def compile_setup(setup: Setup, target: Target, *, limit: float | None = None) -
 
     Raises:
       ValueError: the child failed; its last line is the message.
+      KeyboardInterrupt: it was interrupted, as Ctrl-C does to it too.
     """
     done = subprocess.run(
         [sys.executable, "-m", __name__],
@@ -56,6 +59,8 @@ def compile_setup(setup: Setup, target: Target, *, limit: float | None = None) -
         text=True,
         timeout=limit,
     )
+    if done.returncode == -signal.SIGINT:
+        raise KeyboardInterrupt
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise ValueError(f"compiling {setup.name} for {setup.cluster.name}: {last}")
@@ -96,6 +101,9 @@ def compiled_of(fields: dict[str, Any]) -> Compiled:
 
 def main() -> None:
     """The child: stdin to stdout."""
+    # In the midst of a compilation Python would see neither an interrupt nor the parent's end.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_with_parent()
     words = json.loads(sys.stdin.read())
     print(json.dumps(compiled_here(setup_of(words), words["target"])._asdict()))
 

@@ -20,6 +20,7 @@ from deepseek_jax.config import Run
 from experiments.planning import targets
 from experiments.planning.compile import setup_of, words_of
 from experiments.planning.setup import Setup
+from experiments.supervision import end_with_parent
 
 STEPS = 5
 COMPILED = "compiled"
@@ -116,6 +117,7 @@ class _Child:
 
 def main() -> None:
     """The child: a setup from stdin, seconds to stdout."""
+    end_with_parent()
     words = json.loads(sys.stdin.readline())
 
     def compiled() -> None:

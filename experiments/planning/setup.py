@@ -98,7 +98,7 @@ def mesh_of(words: str, devices: int) -> dict[str, int]:
     sizes.setdefault("data", max(devices // named, 1))
     if math.prod(sizes.values()) != devices:
         raise ValueError(
-            f"mesh {words} makes {math.prod(sizes.values())} devices, the cluster has {devices}"
+            f"mesh {words} makes {math.prod(sizes.values())} devices, and there are {devices}"
         )
     return {axis: sizes.get(axis, 1) for axis in AXES}
 

@@ -160,6 +160,7 @@ def test_a_folder_without_permission(trained, tmp_path):
         (["sample", "--seed", "-1"], ["--seed -1", "4294967295"]),
         (["sample", "--prompt", "\udcff"], ["--prompt", "UTF-8"]),
         (["sample", "--precision", "bf16"], ["is a run", "leave out --precision"]),
+        (["sample", "--prompt", 99 * "the words of it "], ["leaves no room", "max_length=64"]),
     ],
     ids=lambda value: "-".join(value[1:]).lstrip("-") if value[0] in ("eval", "sample") else "",
 )

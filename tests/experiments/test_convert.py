@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from deepseek_jax.huggingface import load_huggingface, plan_shards
+from deepseek_jax.huggingface import complete_folder, load_huggingface, plan_shards
 from deepseek_jax.huggingface_checkpoint import open_checkpoint
 from experiments import convert
 from experiments.eval import load_run
@@ -104,6 +104,24 @@ def test_a_conversion_that_was_interrupted_goes_on_where_it_stopped(source, tmp_
     assert calls[len(begun)] == begun[2] and not set(begun[:2]) & set(calls[len(begun) :])
     assert open_checkpoint(tmp_path / "out").config == open_checkpoint(source).config
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_conversions_do_not_write_the_same_folder(source, tmp_path):
+    with complete_folder(tmp_path / "out", plan={}) as folder:
+        (folder / "model.safetensors").write_bytes(b"mine")
+        code, _, err = runs.call("convert", source, tmp_path / "out")
+        runs.refused(code, err, f"another process writes {tmp_path / 'out'} now")
+        assert (folder / "model.safetensors").read_bytes() == b"mine"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model.safetensors"]
+    code, _, err = runs.call("convert", source, tmp_path / "out")
+    runs.refused(code, err, f"{tmp_path / 'out'} exists already")
+
+
+def test_what_is_listed_does_not_stand_in_the_way_of_what_is_written(source, tmp_path):
+    listed = tmp_path / "out" / "list.json"
+    code, _, err = runs.call("convert", source, tmp_path / "out", "--json", listed)
+    runs.refused(code, err, f"--json {listed} is a file of {tmp_path / 'out'}: name another")
+    assert not listed.parent.exists()
 
 
 def test_another_format_begins_anew(source, tmp_path, monkeypatch):

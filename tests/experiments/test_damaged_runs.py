@@ -101,6 +101,32 @@ def test_a_path_that_is_no_run(words, there, parts, trained, tmp_path):
     assert out == ""
 
 
+@pytest.mark.parametrize("words", [["report"], ["place"]], ids=lambda words: words[0])
+@pytest.mark.parametrize("content", ["[]", "{", "3"])
+def test_a_record_that_is_no_object(words, content, trained, copy):
+    (copy / "config.json").write_text(content)
+    code, _, err = runs.call(*words, copy)
+    runs.refused(code, err, f"{copy / 'config.json'} is damaged", "name the folder of a run")
+
+
+@pytest.mark.parametrize("words", [["launch", "--resume", "--run"], ["report"], ["place"]],
+                         ids=lambda words: words[0])  # fmt: skip
+@pytest.mark.parametrize("line", ["garbage", "[]", "{}", "\0\0"])
+def test_a_damaged_line_of_metrics_is_named(words, line, copy):
+    metrics = copy / "metrics.jsonl"
+    lines = metrics.read_text().splitlines()
+    metrics.write_text("\n".join([*lines[:9], line, *lines[10:]]) + "\n")
+    code, _, err = runs.call(*words, copy)
+    runs.refused(code, err, f"{metrics} is damaged in line 10", "delete that line")
+
+
+def test_metrics_that_end_before_the_checkpoint_are_said_to(copy):
+    metrics = copy / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:20]))
+    code, out, _ = runs.call("launch", "--resume", "--run", copy)
+    assert code == 0 and f"{metrics} ends at step 20: its curves will miss those up to 24" in out
+
+
 # Checkpoints and tokenizers.
 
 

@@ -70,7 +70,7 @@ def test_a_cpu_stands_for_as_many_devices_as_a_mesh_names():
     "mesh, message",
     [
         ("data=4,model=2", "unknown mesh axis 'model': the axes are data, fsdp, expert, tensor"),
-        ("fsdp=3", "mesh fsdp=3 makes 6 devices, the cluster has 8"),
+        ("fsdp=3", "mesh fsdp=3 makes 6 devices, and there are 8"),
         ("fsdp=2,fsdp=4", "--mesh fsdp=2,fsdp=4 names fsdp twice"),
         ("fsdp=two", "--mesh 'fsdp=two' must be AXIS=SIZE"),
         ("expert=8", "mesh expert=8: expert=8 must divide num_experts=28"),

@@ -50,6 +50,11 @@ def test_the_same_text_given_as_data_scores_the_same(trained, summary, tmp_path,
     assert not list((tmp_path / "temporary").iterdir())
 
 
+def test_data_without_a_path_is_refused(trained):
+    code, _, err = runs.call("eval", trained.run, "--data")
+    runs.refused(code, err, "--data needs a path")
+
+
 def test_an_earlier_checkpoint_scores_worse(trained, summary, tmp_path):
     row = evaluate(trained.run, "--step", 20, path=tmp_path / "row.json")
     assert row["bits_per_byte"] > summary["val_bits_per_byte"]

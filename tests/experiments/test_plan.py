@@ -55,7 +55,7 @@ def test_the_plan_in_json_holds_the_bytes_of_the_formulas(planned):
     "words, message",
     [
         ("--cluster h20x8", "unknown accelerator 'h20' in cluster 'h20x8': did you mean h200x8?"),
-        ("--cluster h200x8 --mesh fsdp=3", "mesh fsdp=3 makes 6 devices, the cluster has 8"),
+        ("--cluster h200x8 --mesh fsdp=3", "mesh fsdp=3 makes 6 devices, and there are 8"),
         ("--cluster h200x8 --mesh node=8", "unknown mesh axis 'node': the axes are data, fsdp"),
         ("--cluster h200x3 --mesh expert=3", "expert=3 must divide num_experts=256"),
         ("--cluster h200x256 --mesh tensor=256", "tensor=256 must divide num_heads=128"),

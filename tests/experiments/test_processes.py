@@ -19,15 +19,6 @@ from tests.experiments import runs
 from tests.experiments.groups import group_of
 
 
-def test_a_process_whose_parent_is_gone_ends_as_by_sigterm(monkeypatch):
-    parents, sent = iter([7, 7, 1]), []
-    monkeypatch.setattr(processes.os, "getppid", lambda: next(parents))
-    monkeypatch.setattr(processes.os, "kill", lambda *words: sent.append(words))
-    monkeypatch.setattr(processes.time, "sleep", lambda seconds: None)
-    processes.end_with(7)
-    assert sent == [(os.getpid(), signal.SIGTERM)]
-
-
 def meeting(group, seconds):
     """What each of some processes learns when they meet."""
     found = {}

@@ -165,6 +165,21 @@ def test_a_finished_run_is_finished_again(trained, tmp_path):
     assert runs.metrics(run) == runs.metrics(trained.run)
 
 
+def test_an_interrupt_while_a_finished_run_is_scored_says_how_to_go_on(
+    trained, monkeypatch, tmp_path
+):
+    run = shutil.copytree(trained.run, tmp_path / "run")
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("experiments.launch.finish", interrupted)
+    code, out, err = runs.call("launch", "--resume", "--run", run)
+    assert (code, err) == (130, "interrupted\n")
+    again = f"python -m experiments launch --run {run} --resume"
+    assert f"all 24 steps are saved; score them with: {again}\n" in out
+
+
 def test_a_run_goes_on_for_more_steps(trained, monkeypatch, tmp_path):
     run = shutil.copytree(trained.run, tmp_path / "run")
     monkeypatch.setattr(launch, "finish", lambda *args, **kwargs: None)

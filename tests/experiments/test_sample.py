@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import subprocess
 import sys
 
 import jax
@@ -69,6 +71,15 @@ def test_text_appears_token_by_token_and_characters_whole(trained, monkeypatch):
     assert len(set(recorder.flushed)) > 5
     for shorter, longer in zip(recorder.flushed, recorder.flushed[1:], strict=False):
         assert longer.startswith(shorter) and not shorter.endswith("\ufffd")
+
+
+def test_a_cpu_stands_for_the_devices_of_a_mesh(trained):
+    words = [sys.executable, "-m", "experiments", "sample", trained.run, "--mesh", "expert=2",
+             "--max-new-tokens", "2"]
+    # Made before JAX looks for devices, which it has done in this process.
+    alone = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(words, cwd=runs.ROOT, env=alone, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("def ")
 
 
 def test_an_empty_prompt_begins_a_document(trained, model):

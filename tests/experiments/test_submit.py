@@ -52,7 +52,7 @@ def test_the_manifest_gives_each_pod_what_its_process_needs():
         ("tiny --submit slurm --mesh fsdp=32 --nodes 4 --devices-per-node 8",
          "splits a batch over 32 devices, which must divide micro_batch=8"),
         ("tiny --submit slurm --mesh expert=8 --nodes 2 --devices-per-node 3",
-         "mesh expert=8 makes 8 devices, the cluster has 6"),
+         "mesh expert=8 makes 8 devices, and there are 6"),
     ],
 )
 def test_what_no_host_would_run_is_not_submitted(words, message):

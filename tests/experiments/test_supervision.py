@@ -1,7 +1,9 @@
 """A host's processes: started, watched, named when they are lost."""
 
+import io
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -28,6 +30,33 @@ def test_a_signal_while_processes_are_started_leaves_none_of_them(monkeypatch):
     monkeypatch.setattr(supervision, "Child", Started)
     assert supervision.supervise(group(4), []) == 143
     assert len(made) == 2
+
+
+def test_a_process_whose_parent_is_gone_ends_as_by_sigterm(monkeypatch):
+    parents, sent = iter([7, 7, 1]), []
+    monkeypatch.setattr(supervision.os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(supervision.os, "kill", lambda *words: sent.append(words))
+    monkeypatch.setattr(supervision.time, "sleep", lambda seconds: None)
+    supervision.end_with(7)
+    assert sent == [(os.getpid(), signal.SIGTERM)]
+
+
+def test_a_second_signal_kills_and_is_no_loss(monkeypatch, capfd):
+    code = "signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True)"
+    sent = iter([0.5, 0.5])
+
+    def interrupt():
+        while "deaf" not in said.getvalue():
+            time.sleep(0.05)
+        for seconds in sent:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(seconds)
+
+    said = io.StringIO()
+    monkeypatch.setattr(supervision.sys, "stdout", said)
+    threading.Thread(target=interrupt).start()
+    assert supervised(group_of(2), f"import signal; {code}") == 130
+    assert said.getvalue().endswith("stopped at once; a run that has begun goes on with --resume\n")
 
 
 CHILD = """

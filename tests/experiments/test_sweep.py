@@ -3,6 +3,8 @@
 import csv
 import dataclasses
 import json
+import threading
+import time
 
 import pytest
 
@@ -84,6 +86,45 @@ def test_a_stopped_sweep_goes_on_where_it_was(tmp_path, monkeypatch):
     rows = sweep(TINY, WHERE, best=4, out=tmp_path)
     assert len(again) == 2 and not set(again) & set(before)
     assert sorted(r.compiled_bytes for r in rows if r.compiled_bytes) == [1001, 1002, 2000, 2000]
+
+
+def test_a_note_that_was_cut_off_is_compiled_again_and_a_damaged_one_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep_module, "compile_setup", lambda chosen, target: compiled(1000))
+    sweep(TINY, WHERE, best=2, out=tmp_path)
+    notes = tmp_path / "notes.jsonl"
+    first, second = notes.read_text().splitlines(keepends=True)
+    for cut in (1, 50):
+        notes.write_text(first + second[:-cut])
+        tried = []
+        again = lambda chosen, target, tried=tried: tried.append(chosen) or compiled(1000)
+        monkeypatch.setattr(sweep_module, "compile_setup", again)
+        sweep(TINY, WHERE, best=2, out=tmp_path)
+        assert len(tried) == 1 and notes.read_text() == first + second
+    for damaged in ("{}", '["compiled", 3', '["compiled", "name", 3]'):
+        notes.write_text(first + damaged + "\n" + second)
+        with pytest.raises(ValueError, match="notes.jsonl is damaged in line 2: delete that line"):
+            sweep(TINY, WHERE, best=2, out=tmp_path)
+
+
+def test_an_interrupted_sweep_does_not_wait_for_what_is_being_compiled(tmp_path, monkeypatch):
+    begun, released = threading.Event(), threading.Event()
+    first, second = shortlist(candidates(TINY, WHERE), 2)
+
+    def compiles(chosen, target):
+        if chosen is first.setup:
+            begun.wait(20)
+            raise KeyboardInterrupt
+        begun.set()
+        released.wait(20)
+        return compiled(1000)
+
+    monkeypatch.setattr(sweep_module, "compile_setup", compiles)
+    monkeypatch.setattr(sweep_module.os, "cpu_count", lambda: 4)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        sweep_module.compile_all([first, second], sweep_module.Notes(None), print)
+    assert time.monotonic() - began < 10
+    released.set()
 
 
 def test_a_setup_that_cannot_be_compiled_does_not_end_the_sweep(tmp_path, monkeypatch):

@@ -164,10 +164,10 @@ def test_why_a_model_cannot_lie_on_a_mesh_names_both_values(mesh, precision, mes
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("fsdp=3", "mesh fsdp=3 makes 6 devices, the cluster has 8"),
+        ("fsdp=3", "mesh fsdp=3 makes 6 devices, and there are 8"),
         ("pipeline=8", "unknown mesh axis 'pipeline': the axes are data, fsdp, expert, tensor"),
         ("fsdp=0", "--mesh 'fsdp=0' must be AXIS=SIZE"),
-        ("fsdp=4,expert=4", "mesh fsdp=4,expert=4 makes 16 devices, the cluster has 8"),
+        ("fsdp=4,expert=4", "mesh fsdp=4,expert=4 makes 16 devices, and there are 8"),
     ],
 )
 def test_a_mesh_that_is_none_is_refused(words, message):
