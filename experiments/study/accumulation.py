@@ -9,6 +9,8 @@ from experiments.study.show import Output, Section, present
 # Speed of FP8 products without promotion over that with it at 4096 x 4096 x 7168 on an H200: the
 # vendor's with one scale over ours, TFLOP/s of bench_gemm_h200.json.
 WITHOUT_PROMOTION = 1544 / 1364
+# Operands of so many elements take 2 GB.
+MOST_ELEMENTS = 2**22
 # Promotion is needed where sums are worse than what 13 bits and promotion every 128 give.
 INTERVALS = (None, 512, 256, 128)
 
@@ -33,8 +35,10 @@ def study_accumulation(args: AccumulationArgs) -> None:
     args.check()
     if any(not 1 <= bits <= 40 for bits in args.bits) or not args.bits:
         raise ValueError(f"--bits {args.bits} must be from 1 to 40")
-    if args.elements < 128 or args.elements % 128:
-        raise ValueError(f"--elements {args.elements} must be a multiple of 128")
+    if not 128 <= args.elements <= MOST_ELEMENTS or args.elements % 128:
+        raise ValueError(
+            f"--elements {args.elements} must be a multiple of 128, at most {MOST_ELEMENTS}"
+        )
     present([errors(args.bits, args.elements), intervals(args.elements)], args)
 
 

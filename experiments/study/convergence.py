@@ -14,7 +14,7 @@ from experiments.study.machine import (
     token_seconds,
     transfer_seconds,
 )
-from experiments.study.show import Output, Section, present
+from experiments.study.show import Output, Section, check_figures, present
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ def study_convergence(args: ConvergenceArgs) -> None:
     args.check()
     if min(args.ratios, default=0) < 1:
         raise ValueError(f"--ratios {args.ratios} must be at least 1")
+    check_figures("--kv", args.kv)
     sections = [
         sms(args.sms), node_limits(args.ratios, args.limits), in_network(), pcie(args.kv)
     ]  # fmt: skip

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from experiments.study.machine import H800, step_seconds, token_seconds
-from experiments.study.show import Output, Section, present
+from experiments.study.show import Output, Section, check_figures, present
 from sharding.network.cluster import attached
 from sharding.network.collectives import exchange
 from sharding.network.fat_tree import two_layer_fat_tree
@@ -16,6 +16,8 @@ from sharding.network.latency import INFINIBAND, NVLINK, ROCE
 
 # Over table 5's way across leaves, three switches.
 SWITCHES = 3
+PORTS = 64
+MOST_NODES = PORTS**2 // 2 // 8
 LINKS = {"RoCE": ROCE.of(SWITCHES), "InfiniBand": INFINIBAND.of(SWITCHES), "NVLink": NVLINK.of(1)}
 
 
@@ -40,10 +42,14 @@ class FabricArgs(Output):
 def study_fabric(args: FabricArgs) -> None:
     """The command `study fabric`."""
     args.check()
-    if min(args.latency, default=0) < 0 or args.proxy < 0:
-        raise ValueError(f"--latency {args.latency} and --proxy {args.proxy} must not be negative")
-    if args.nodes < 2 or args.seeds < 1:
-        raise ValueError(f"--nodes {args.nodes} must be at least 2, --seeds {args.seeds} 1")
+    check_figures("--latency", args.latency)
+    check_figures("--proxy", [args.proxy])
+    if not 2 <= args.nodes <= MOST_NODES:
+        raise ValueError(
+            f"--nodes {args.nodes} must be from 2 to {MOST_NODES}, for two layers of switches"
+        )
+    if args.seeds < 1:
+        raise ValueError(f"--seeds {args.seeds} must be at least 1")
     sections = [
         latencies(args.latency), links(args.proxy), routing(args.nodes, args.seeds)
     ]  # fmt: skip
@@ -99,7 +105,7 @@ def routing(nodes: int, seeds: int) -> Section:
 @functools.cache
 def exchange_seconds(nodes: int, policy: str, seed: int) -> float:
     """Seconds of one byte from each GPU to the GPU of its number on each node."""
-    leaves = -(-nodes * 8 // 32)
-    network = attached(two_layer_fat_tree(64, leaves), nodes)
+    leaves = -(-nodes * 8 // (PORTS // 2))
+    network = attached(two_layer_fat_tree(PORTS, leaves), nodes)
     routes = exchange(network, np.ones((nodes, nodes, 8)), policy, 1, seed)
     return finish_seconds(routes, network.capacity_L)

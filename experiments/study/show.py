@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from experiments.tables import print_table, write_json
 
 COLOURS = ("#4078b8", "#d6762c", "#4f9d69", "#8a5fb0", "#5b6570")
+# Where sums of figures are far from overflow.
+MOST = 1e12
 ENDINGS = (".svg", ".png", ".pdf")
 
 
@@ -35,6 +37,13 @@ class Output:
         """Refuses a picture of a kind that cannot be drawn."""
         if self.picture and self.picture.suffix not in ENDINGS:
             raise ValueError(f"--picture {self.picture} must end in {', '.join(ENDINGS)}")
+
+
+def check_figures(option: str, figures: Sequence[float]) -> None:
+    """Refuses what is negative, endless or no number; nan compares as false."""
+    for figure in figures:
+        if not 0 <= figure <= MOST:
+            raise ValueError(f"{option} {figure} must be from 0 to {MOST:.0e}")
 
 
 def present(sections: Sequence[Section], output: Output) -> None:
