@@ -60,6 +60,9 @@ def place(args: PlaceArgs) -> None:
                          "would hold an expert twice")  # fmt: skip
     sizes = dict(places=E + copies, devices=args.devices, nodes=args.nodes, groups=args.groups)
     check(load_LE, **sizes)
+    # Only ratios are printed; a power of two leaves them as they are, and no sum overflows.
+    load_TLE = np.ldexp(load_TLE, -np.frexp(load_TLE.max())[1])
+    load_LE = load_TLE.mean(0)
     placed, better = placements(load_LE, sizes)
     columns = {
         # Without copies, if that leaves all devices equally many experts.
@@ -93,8 +96,11 @@ def redundant(experts: int, devices: int) -> int:
 
     >>> redundant(256, 32), redundant(16, 8)
     (32, 8)
+
+    None of them twice on a device, so that a single one has no copies.
     """
-    return -(-(experts + experts // 8) // devices) * devices - experts
+    wanted = -(-(experts + experts // 8) // devices) * devices - experts
+    return min(wanted, (devices - 1) * experts)
 
 
 def placements(load_LE: np.ndarray, sizes: dict[str, int]) -> tuple[Placement, Placement]:
@@ -120,7 +126,9 @@ def read_loads(path: Path, last: int) -> tuple[np.ndarray, list[str]]:
         load_TLE = np.moveaxis(records.load_LET, -1, 0)[recent]
         return load_TLE, layer_names(records.config, load_TLE.shape[1])
     try:
-        load_LE = np.array(json.loads(path.read_text()), dtype=np.float64)
+        load_LE = np.array(json.loads(path.read_text(), parse_int=float))
+        if load_LE.dtype != np.float64:
+            raise TypeError(f"loads are numbers, not {load_LE.dtype}")
     except (ValueError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path} must hold a JSON list of layers, each an equally long list of numbers"

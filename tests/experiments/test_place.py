@@ -56,6 +56,24 @@ def test_copies_of_v3_are_an_eighth():
     assert redundant(256, 32) == 32 and redundant(256, 144) == 32 and redundant(8, 4) == 4
 
 
+def test_a_single_device_has_no_copies_by_default(tmp_path):
+    code, out, err = runs.call("place", loads_file(tmp_path, [[1, 2, 3, 9]]), "--devices", 1)
+    assert (code, err) == (0, "")
+    assert "4 experts and 0 copies on 1 devices" in " ".join(out.split())
+    assert redundant(16, 1) == 0 and redundant(16, 2) == 2 and redundant(1, 3) == 2
+
+
+def test_loads_of_any_size_are_placed_alike(tmp_path):
+    found = []
+    for scale in (1, 1e308, 2.0**-1070):
+        loads = [[scale, scale, scale / 4, scale / 4]]
+        path, file = loads_file(tmp_path, loads), tmp_path / "placed.json"
+        code, out, err = runs.call("place", path, "--devices", 2, "--json", file)
+        assert (code, err) == (0, "") and "nan" not in out
+        found.append(json.loads(file.read_text()))
+    assert found[0] == found[1] == found[2]
+
+
 @pytest.mark.parametrize(
     ("loads", "words", "parts"),
     [
@@ -69,6 +87,9 @@ def test_copies_of_v3_are_an_eighth():
         ([[1, 2], [3]], [], ["loads.json", "equally long"]),
         ([1, 2], [], ["loads.json", "list of lists"]),
         ([["a"]], [], ["loads.json", "numbers"]),
+        ([["1", "2"]], [], ["loads.json", "numbers"]),
+        ([[1, None]], [], ["loads.json", "numbers"]),
+        ("[[1, NaN]]", ["--devices", "2"], ["finite"]),
         ("not json", [], ["loads.json", "JSON"]),
         ([[1, 2]], ["--last", "0"], ["--last 0"]),
         (None, [], ["absent"]),
