@@ -133,18 +133,23 @@ def parse(function: Callable[[Any], None], words: Sequence[str], name: str) -> A
 
 
 def check_written(arguments: Any) -> None:
-    """Raises where --json could not be written: before the work whose result it is to hold."""
-    path = getattr(arguments, "json", None)
-    if path is None:
-        return
+    """Raises where a file could not be written: before the work whose result it is to hold."""
+    for option in ("json", "picture", "html"):
+        path = getattr(arguments, option, None)
+        if path is not None:
+            check_path(f"--{option}", path, arguments)
+
+
+def check_path(option: str, path: Path, arguments: Any) -> None:
+    """Raises where an option's file is a folder, one of what is read, or cannot be written."""
     if path.is_dir():
-        raise ValueError(f"--json {path} is a folder: name a file")
+        raise ValueError(f"{option} {path} is a folder: name a file")
     for name in ("run", "source", "destination", "imported"):
         folder = getattr(arguments, name, None)
         # A file in a folder that is yet to be made would be in its way.
         of_it = folder and (path.exists() or name == "destination")
         if of_it and path.resolve().is_relative_to(Path(folder).resolve()):
-            raise ValueError(f"--json {path} is a file of {folder}: name another")
+            raise ValueError(f"{option} {path} is a file of {folder}: name another")
     probe = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +157,7 @@ def check_written(arguments: Any) -> None:
         probe.unlink()
     except OSError as error:
         raise ValueError(
-            f"--json {path} cannot be written ({error.strerror}): name another file"
+            f"{option} {path} cannot be written ({error.strerror}): name another file"
         ) from error
 
 

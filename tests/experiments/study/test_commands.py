@@ -67,6 +67,7 @@ def test_every_recommendation_has_a_study_or_a_reason():
         (["fabric", "--proxy", "nan"], "--proxy nan must be"),
         (["fabric", "--latency", "1", "nan"], "--latency nan must be"),
         (["fabric", "--latency", "inf"], "--latency inf must be"),
+        (["fabric", "--picture", "/proc/x.svg"], "--picture /proc/x.svg cannot be written"),
         (["fabric", "--picture", "x.gif"], "must end in .svg"),
     ],
 )
