@@ -135,7 +135,7 @@ def read_placement(path: Path, config: ModelConfig, *, devices: int) -> tuple[tu
         table_LP = np.array(json.loads(path.read_text())[TABLE])
         if table_LP.dtype.kind != "i":
             raise ValueError(f"experts are whole numbers, not {table_LP.dtype}")
-    except (ValueError, TypeError, KeyError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{path} must be a placement: `place RUN --devices {devices} --json {path}` writes one"
         ) from error

@@ -50,8 +50,11 @@ def test_a_placement_is_read_and_must_fit(tmp_path):
         ("data=2,expert=4", json.dumps({devices.TABLE: [[0.5]]}), ["place RUN --devices 4"]),
         ("data=2,expert=4", json.dumps(table), ["must be a placement"]),
         ("data=2,expert=4", "[", ["must be a placement"]),
+        ("data=2,expert=4", None, ["must be a placement", "place RUN --devices 4 --json"]),
     ):
-        file.write_text(text)
+        file.unlink()
+        if text is not None:
+            file.write_text(text)
         with pytest.raises(ValueError) as error:
             asked(mesh, placement=file)
         assert all(part in str(error.value) for part in parts), error.value
