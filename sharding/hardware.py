@@ -121,6 +121,10 @@ class Cluster:
     devices: int
 
 
+# Of a cluster. Networks of more, pair by pair of their nodes, fill the memory of a laptop.
+MOST_DEVICES = 32768
+
+
 def cluster(name: str) -> Cluster:
     """The cluster of a name such as h200x2048: an accelerator and how many.
 
@@ -144,4 +148,6 @@ def cluster(name: str) -> Cluster:
     chip = ACCELERATORS[kind].devices_per_chip
     if devices < 1 or devices % chip:
         raise ValueError(f"cluster {name!r} needs a multiple of {chip} devices, not {devices}")
+    if devices > MOST_DEVICES:
+        raise ValueError(f"cluster {name!r} must have at most {MOST_DEVICES} devices")
     return Cluster(name=f"{kind}x{devices}", accelerator=ACCELERATORS[kind], devices=devices)

@@ -21,6 +21,7 @@ def test_a_cluster_is_an_accelerator_and_a_count():
         ("h200x-4", "cluster 'h200x-4' must be ACCELERATORxDEVICES"),
         ("a100", "cluster 'a100' must be ACCELERATORxDEVICES, such as h200x2048"),
         ("h200x0", "'h200x0' needs a multiple of 1 devices, not 0"),
+        ("h200x32769", "cluster 'h200x32769' must have at most 32768 devices"),
         ("tpu7xx7", "'tpu7xx7' needs a multiple of 2 devices, not 7"),
     ],
 )
