@@ -125,6 +125,9 @@ def build(args: NetworkArgs) -> tuple[Cluster | None, Topology]:
     elif kind == "slim_fly":
         topology = slim_fly(args.q, ports=args.ports)
     elif kind == "dragonfly":
+        if args.ports < 4:
+            raise ValueError(f"--ports {args.ports} must be at least 4: a quarter of a switch's go "
+                             "to other groups")  # fmt: skip
         quarter = args.ports // 4
         topology = dragonfly(
             per_switch=quarter, group_size=2 * quarter, global_ports=quarter, groups=args.groups,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sharding.network.fat_tree import planes_of, three_layer_fat_tree, two_layer_fat_tree
+from sharding.network.fat_tree import half_of, planes_of, three_layer_fat_tree, two_layer_fat_tree
 from sharding.network.latency import INFINIBAND, NVLINK, Latency
 from sharding.network.paths import FAR, distances
 from sharding.network.topology import Topology, components
@@ -99,10 +99,11 @@ def multi_plane(num_nodes: int, *, node: Node | None = None, ports: int = 64) ->
       ValueError: more nodes than a plane has endpoints.
     """
     node = node or Node()
-    most = ports**2 // 2
+    half = half_of(ports)
+    most = ports * half
     if not 1 <= num_nodes <= most:
         raise ValueError(f"{num_nodes=} must be from 1 to {most}, the endpoints of a plane")
-    plane = two_layer_fat_tree(ports, leaves=-(-num_nodes // (ports // 2)))
+    plane = two_layer_fat_tree(ports, leaves=-(-num_nodes // half))
     first_I = np.arange(node.gpus) * plane.num_endpoints
     return Cluster(
         planes_of(plane, node.gpus), node, np.arange(num_nodes)[:, None] + first_I[None]
@@ -115,7 +116,7 @@ def multi_rail(num_nodes: int, *, node: Node | None = None, ports: int = 64) -> 
     Two layers as long as they suffice, else three.
     """
     node = node or Node()
-    half = ports // 2
+    half = half_of(ports)
     blocks = -(-num_nodes // half)  # of nodes whose NICs share leaves
     leaves = blocks * node.gpus
     if leaves <= ports:

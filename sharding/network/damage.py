@@ -18,7 +18,7 @@ class Damage:
     cut_off: int  # NICs with no way to another node
     nodes_apart: int  # pairs of nodes that no longer reach each other
     slowdown: float  # of an all-to-all's busiest link, infinite when nodes are apart
-    longer: int  # hops that the longest path between nodes gained
+    longer: int | None  # hops that the longest path between nodes gained, none when they are apart
 
 
 def damage(cluster: Cluster, *, policy: Policy = "adaptive", **broken) -> Damage:
@@ -37,7 +37,7 @@ def damage(cluster: Cluster, *, policy: Policy = "adaptive", **broken) -> Damage
         nodes_apart=apart,
         # Where nothing is sent, as by a single node, nothing is slower.
         slowdown=seconds[1] / seconds[0] if seconds[0] else 1.0,
-        longer=after.hops() - cluster.hops(),
+        longer=None if apart else after.hops() - cluster.hops(),
     )
 
 

@@ -14,7 +14,7 @@ def two_layer_fat_tree(ports: int = 64, leaves: int | None = None) -> Topology:
     Full: ports leaves, ports^2 / 2 endpoints, 3 ports / 2 switches, ports^2 / 2 cables, one from
     every leaf to every spine. With fewer leaves, several cables lead from a leaf to a spine.
     """
-    half = _half(ports)
+    half = half_of(ports)
     leaves = ports if leaves is None else leaves
     if not 1 <= leaves <= ports:
         raise ValueError(f"{leaves=} must be from 1 to {ports=}: a spine has a port for each leaf")
@@ -34,7 +34,7 @@ def three_layer_fat_tree(ports: int = 64, pods: int | None = None) -> Topology:
 
     Full: ports pods, ports^3 / 4 endpoints, 5 ports^2 / 4 switches, ports^3 / 2 cables.
     """
-    half = _half(ports)
+    half = half_of(ports)
     pods = ports if pods is None else pods
     if not 1 <= pods <= ports:
         raise ValueError(f"{pods=} must be from 1 to {ports=}: a core has a port for each pod")
@@ -70,7 +70,8 @@ def planes_of(plane: Topology, planes: int = 8) -> Topology:
     )
 
 
-def _half(ports: int) -> int:
+def half_of(ports: int) -> int:
+    """Ports of a leaf that go down, and as many up."""
     if ports < 2 or ports % 2:
         raise ValueError(f"{ports=} must be even and at least 2: half of a leaf's ports go up")
     return ports // 2

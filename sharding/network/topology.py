@@ -86,7 +86,8 @@ class Topology:
         ):
             for number in numbers:
                 if not 0 <= number < size:
-                    raise ValueError(f"{self.name} has no {what} {number}: use 0..{size - 1}")
+                    use = f": use 0..{size - 1}" if size else ": it has none"
+                    raise ValueError(f"{self.name} has no {what} {number}{use}")
         ends_C2, switch_E = self.ends_C2.copy(), self.switch_E.copy()
         ends_C2[np.isin(ends_C2, list(switches)).any(1)] = -1
         ends_C2[list(cables)] = -1

@@ -89,6 +89,16 @@ def test_a_network_of_ones_own(tmp_path):
     assert (found["diameter"], found["bisection"], found["ports used"]) == (1, 2, 4)
 
 
+def test_nodes_that_are_apart_have_no_longest_path(tmp_path):
+    path = network_file(tmp_path, endpoints=[0, 1, 1], cables=[[0, 1]])
+    for words in (
+        [path, "--nodes", 3, "--gpus", 1, "--broken-cables", 0],
+        ["multi_plane", "--nodes", 16, "--broken-switches", *range(8)],
+    ):
+        lost = written(tmp_path, *words)[0]["damage"]
+        assert lost["nodes_apart"] > 0 and lost["longer"] is None
+
+
 @pytest.mark.parametrize(
     ("words", "content", "parts"),
     [
@@ -99,6 +109,7 @@ def test_a_network_of_ones_own(tmp_path):
         (["multi_plane", "--nodes", "4000"], None, ["num_nodes=4000", "2048"]),
         (["multi_plane", "--nodes", "0"], None, ["--nodes 0"]),
         (["fat_tree_2", "--ports", "7"], None, ["ports=7", "even"]),
+        (["dragonfly", "--ports", "3"], None, ["--ports 3 must be at least 4"]),
         (["fat_tree_2", "--ports", "4", "--nodes", "2"], None, ["16 endpoints", "has 8"]),
         (["fat_tree_2", "--broken-switches", "1"], None, ["need --nodes"]),
         (["multi_plane", "--nodes", "2", "--broken-switches", "99"], None, ["no switch 99"]),

@@ -182,7 +182,7 @@ def test_what_breaks_is_what_is_lost(broken, cut_off, slowdown):
 def test_one_plane_has_no_other_to_turn_to():
     cluster = multi_plane(4, node=Node(gpus=1), ports=4)
     lost = damage(cluster, switches=[0])
-    assert (lost.cut_off, lost.nodes_apart) == (2, 5)
+    assert (lost.cut_off, lost.nodes_apart, lost.longer) == (2, 5, None)
     assert lost.slowdown == np.inf
     with pytest.raises(ValueError, match="cut off from each other"):
         all_to_all(cluster.without(switches=[0]), 1.0)
@@ -202,6 +202,8 @@ def test_what_a_broken_plane_carried_goes_over_the_others():
     ("make", "parts"),
     [
         (lambda: multi_plane(2049), ["num_nodes=2049", "2048"]),
+        (lambda: multi_plane(16, ports=1), ["ports=1", "at least 2"]),
+        (lambda: multi_rail(16, ports=0), ["ports=0", "at least 2"]),
         (lambda: attached(two_layer_fat_tree(4), 3, node=Node(gpus=4)), ["12 endpoints", "has 8"]),
         (lambda: Node(gpus=0), ["gpus=0"]),
         (lambda: Node(nic_rate=0.0), ["nic_rate=0.0"]),

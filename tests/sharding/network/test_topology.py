@@ -152,6 +152,7 @@ def test_broken_parts_keep_their_numbers():
         (lambda: check_connected(planes_of(two_layer_fat_tree(4), 2)), ["not connected", "8"]),
         (lambda: diameter(planes_of(two_layer_fat_tree(4), 2)), ["not connected"]),
         (lambda: two_layer_fat_tree(4).without(switches=[6]), ["switch 6", "0..5"]),
+        (lambda: two_layer_fat_tree(4, 1).without(cables=[0]), ["no cable 0: it has none"]),
         (lambda: Topology("x", 4, 1, np.array([1]), np.zeros((0, 2), int)), ["switch 1"]),
         (lambda: field(12), ["q=12", "power of a prime"]),
     ],
