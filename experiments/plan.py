@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from deepseek_jax import configs
 from deepseek_jax.config import Precision, Run, to_json
 from deepseek_jax.counts import train_flops_per_token
 from experiments.planning import targets
@@ -24,6 +25,8 @@ from sharding.cost import Prediction
 from sharding.hardware import Cluster, cluster
 
 GIB = 2**30
+# Of models that decode longer texts than those of their recipe, which is of pretraining alone.
+SERVED = {"deepseek_v3": configs.deepseek_v3().max_length}
 
 
 @dataclass(frozen=True)
@@ -54,24 +57,27 @@ class PlanArgs:
     """Compile; --no-compile gives the formulas alone, in a second."""
     decode: bool = False
     """Plan decoding instead of training."""
-    batch: int = 128
-    """Of --decode: requests of one tensor group, which is a device where tensor is 1."""
-    context: int = 4096
-    """Of --decode: tokens in the cache of each request."""
+    batch: int | None = None
+    """Of --decode: requests of one tensor group, a device where tensor is 1; 128 by default."""
+    context: int | None = None
+    """Of --decode: tokens in the cache of each request; by default 4096, or as many as fit."""
     json: Path | None = None
     """Also write everything to this file."""
 
 
 def plan(args: PlanArgs) -> None:
     """Prints the plan, table by table."""
+    check_used(args)
     where, run = cluster(args.cluster), run_of(args)
     if args.decode:
         mesh = mesh_of(args.mesh, where.devices) if args.mesh else None
-        rows = decode_rows(run, where, mesh, batch=args.batch, context=args.context)
+        batch = 128 if args.batch is None else args.batch
+        context = context_of(args, run)
+        rows = decode_rows(run, where, mesh, batch=batch, context=context)
         print_table(rows, title=f"{args.recipe}: decoding on {where.name}")
         if args.json is not None:
             asked = {"recipe": args.recipe, "cluster": where.name, "mesh": mesh,
-                     "batch": args.batch, "context": args.context}  # fmt: skip
+                     "batch": batch, "context": context}  # fmt: skip
             write_json(args.json, {**asked, **code_and_day(), "rows": rows})
         return
     chosen = chosen_setup(args, run, where)
@@ -90,6 +96,30 @@ def plan(args: PlanArgs) -> None:
         print(line)
     if args.json is not None:
         write_json(args.json, {"recipe": args.recipe, **code_and_day(), **result})
+
+
+def check_used(args: PlanArgs) -> None:
+    """Refuses an option that the plan asked for would not look at."""
+    plain = PlanArgs()
+    if args.decode:
+        unused, reason = ("zero", "sequences", "remat", "target"), "training: leave out --decode"
+    else:
+        unused, reason = ("batch", "context"), "decoding: add --decode"
+    for name in unused:
+        if getattr(args, name) != getattr(plain, name):
+            raise ValueError(f"--{name} {getattr(args, name)} is an option of {reason}")
+    if args.target is not None and not args.compile:
+        raise ValueError(f"--target {args.target} has no use with --no-compile: leave one out")
+
+
+def context_of(args: PlanArgs, run: Run) -> int:
+    """Tokens in a request's cache, no more than the model takes."""
+    most = SERVED.get(args.recipe, run.config.max_length)
+    if args.context is not None and args.context > most:
+        raise ValueError(
+            f"--context {args.context} must be at most {most}, the max_length of {args.recipe}"
+        )
+    return min(4096, most) if args.context is None else args.context
 
 
 def run_of(args: PlanArgs) -> Run:

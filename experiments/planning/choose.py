@@ -6,7 +6,7 @@ from typing import NamedTuple
 from deepseek_jax.block import REMAT
 from deepseek_jax.config import Run
 from experiments.planning.memory import memory
-from experiments.planning.setup import SEQUENCES, Setup, setups
+from experiments.planning.setup import SEQUENCES, Setup, check_sequences, setups
 from experiments.planning.traffic import step_transfers
 from experiments.planning.work import step_work
 from sharding.cost import Prediction, Reached, predict
@@ -69,8 +69,11 @@ def best_setup(
     if remat is not None and remat not in REMAT:
         raise ValueError(f"remat={remat!r} must be one of {', '.join(REMAT)}")
     if sequences is not None and sequences not in SEQUENCES:
+        check_sequences(sequences)
         tried = ", ".join(map(str, SEQUENCES))
-        raise ValueError(f"without a mesh {tried} sequences are tried, not {sequences}: name one")
+        raise ValueError(
+            f"without a mesh {tried} sequences are tried, not {sequences}: for others name a mesh"
+        )
     found = [
         c for c in candidates(run, cluster)
         if (sequences is None or c.setup.sequences == sequences)

@@ -141,6 +141,12 @@ def cut_nodes(mesh: Mapping[str, int], node: int) -> bool:
     return False
 
 
+def check_sequences(sequences: int | None) -> None:
+    """Refuses a micro-batch with nothing in it."""
+    if sequences is not None and sequences < 1:
+        raise ValueError(f"{sequences} sequences in a micro-batch must be at least 1")
+
+
 def setup(
     run: Run,
     cluster: Cluster,
@@ -161,8 +167,7 @@ def setup(
     reason = refusal(run, mesh)
     if reason is not None:
         raise ValueError(f"mesh {mesh_name(mesh)}: {reason}")
-    if sequences is not None and sequences < 1:
-        raise ValueError(f"{sequences} sequences in a micro-batch must be at least 1")
+    check_sequences(sequences)
     ways = math.prod(mesh[axis] for axis in BATCH_AXES)
     wanted = int(run.batch_size.phases[-1].end)
     if sequences is None:

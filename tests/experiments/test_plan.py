@@ -65,15 +65,34 @@ def test_the_plan_in_json_holds_the_bytes_of_the_formulas(planned):
         ("--cluster h200x8 --mesh expert=8 --target tpu", "--target 'tpu' must be cpu or gpu"),
         ("--cluster h200x2048 --zero 1", "--zero 1 needs --mesh"),
         ("--cluster h200x2048 --mesh fsdp=32,expert=64 --sequences 0", "0 sequences in a micro-b"),
-        ("--cluster h200x2048 --sequences 3", "1, 2, 4, 8 sequences are tried, not 3"),
+        ("--cluster h200x2048 --sequences 3", "sequences are tried, not 3: for others name a mesh"),
+        ("--cluster h200x2048 --sequences 0", "0 sequences in a micro-batch must be at least 1"),
         ("--cluster h200x2048 --remat ful", "remat='ful' must be one of"),
         ("--cluster h200x8 --decode --batch 0", "--batch 0 and --context 4096 must be at least 1"),
+        ("--cluster h200x8 --decode --context 1000000",
+         "--context 1000000 must be at most 163840, the max_length of deepseek_v3"),
+        ("--cluster h200x8 --batch 5", "--batch 5 is an option of decoding: add --decode"),
+        ("--cluster h200x8 --context 5", "--context 5 is an option of decoding: add --decode"),
+        ("--decode --sequences 3", "--sequences 3 is an option of training"),
+        ("--decode --remat full", "--remat full is an option of training"),
+        ("--decode --zero 1", "--zero 1 is an option of training"),
+        ("--decode --target cpu", "--target cpu is an option of training"),
+        ("--no-compile --target cpu", "--target cpu has no use with --no-compile"),
     ],
 )
 def test_bad_input_is_one_line_that_names_both_values(words, message):
     code, _, err = call("plan", "deepseek_v3", *words.split())
     assert code == 2
     assert message in err and len(err.strip().splitlines()) == 1
+
+
+def test_a_cache_is_by_default_as_long_as_a_small_model_allows(tmp_path):
+    file = tmp_path / "plan.json"
+    code, _, err = call("plan", "tiny", "--cluster", "cpux4", "--decode", "--json", file)
+    found = json.loads(file.read_text())
+    assert (code, err, found["batch"], found["context"]) == (0, "", 128, 512)
+    code, _, err = call("plan", "tiny", "--cluster", "cpux4", "--decode", "--context", 513)
+    assert code == 2 and "--context 513 must be at most 512, the max_length of tiny" in err
 
 
 def test_without_a_mesh_the_fastest_that_fits_is_taken():
