@@ -114,7 +114,7 @@ def check_used(args: PlanArgs) -> None:
 
 def context_of(args: PlanArgs, run: Run) -> int:
     """Tokens in a request's cache, no more than the model takes."""
-    most = SERVED.get(args.recipe, run.config.max_length)
+    most = SERVED.get(args.recipe.replace("-", "_"), run.config.max_length)
     if args.context is not None and args.context > most:
         raise ValueError(
             f"--context {args.context} must be at most {most}, the max_length of {args.recipe}"

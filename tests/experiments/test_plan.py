@@ -93,6 +93,8 @@ def test_a_cache_is_by_default_as_long_as_a_small_model_allows(tmp_path):
     assert (code, err, found["batch"], found["context"]) == (0, "", 128, 512)
     code, _, err = call("plan", "tiny", "--cluster", "cpux4", "--decode", "--context", 513)
     assert code == 2 and "--context 513 must be at most 512, the max_length of tiny" in err
+    words = "plan deepseek-v3 --cluster h800x320 --decode --context 5000".split()
+    assert call(*words)[0] == 0
 
 
 def test_without_a_mesh_the_fastest_that_fits_is_taken():
