@@ -194,7 +194,7 @@ def test_the_devices_of_a_host_are_asked_in_another_process():
 @pytest.mark.parametrize(
     "words, parts",
     [
-        (["--mesh", "fsdp=4"], ["mesh fsdp=4 makes 4 devices", "has 2"]),
+        (["--mesh", "fsdp=4"], ["mesh fsdp=4 makes 4 devices", "there are 2"]),
         (["--processes", "3"], ["--processes 3", "2 devices"]),
         (["--micro-batch", "3", "4"], ["--micro-batch 3 4", "divide the largest"]),
         (["--precision", "fp8", "--mesh", "tensor=2"], ["tensor=2 cuts dense_ffn_dim=10944"]),

@@ -13,7 +13,7 @@ def test_a_place_survives_the_environment():
 
 
 @pytest.mark.parametrize(
-    "text, hosts",
+    "text, names",
     [
         ("a1", ["a1"]),
         ("n[01-03,07],m", ["n01", "n02", "n03", "n07", "m"]),
@@ -21,8 +21,8 @@ def test_a_place_survives_the_environment():
         ("r[1-2]n[1,3],s[2]-ib", ["r1n1", "r1n3", "r2n1", "r2n3", "s2-ib"]),
     ],
 )
-def test_slurms_short_form_names_every_host(text, hosts):
-    assert hosts.slurm_hosts(text) == hosts
+def test_slurms_short_form_names_every_host(text, names):
+    assert hosts.slurm_hosts(text) == names
 
 
 def test_a_host_of_a_slurm_job_starts_its_own_process(monkeypatch):
