@@ -231,8 +231,8 @@ class Text:
             raise ValueError(f"{key=} must be made by jax.random.key(seed)")
         if draft and not config.num_mtp:
             raise ValueError("draft=True needs a model with MTP modules: this one has num_mtp=0")
-        format = model.precision.activations if cache_format is None else cache_format
-        check_format(format)
+        if cache_format is not None:
+            check_format(cache_format)
         self._sampling = Sampling.of(temperature, top_k, top_p, min_p)
         mesh = mesh_of(model)
         # Inside a scope the mesh is given.
@@ -241,6 +241,7 @@ class Text:
         if not under_mesh(is_as_read, mesh)(model.precision):
             model = _as_read(model, **self._where)
         self.model = model  # as the products read it
+        format = model.precision.activations if cache_format is None else cache_format
         # No token is -1: so few programs serve any number of stop tokens.
         self.stop_N = np.full((-(-max(len(stop), 1) // 8) * 8,), -1, np.int32)
         self.stop_N[: len(stop)] = stop

@@ -16,6 +16,7 @@ from deepseek_jax.decoding import as_read, decode
 from deepseek_jax.generate import (
     ONE_GRAPH,
     Stream,
+    Text,
     _advance,
     _begin,
     _prefill,
@@ -229,6 +230,15 @@ def test_a_report_counts_steps_and_accepted_drafts(drafted):
     assert report.acceptance == report.accepted / (2 * report.row_steps)
     layers = SMALL.num_layers + 2
     assert report.cache_bytes == layers * 3 * 256 * SMALL.cache_dim * 4
+
+
+@pytest.mark.parametrize(
+    ("asked", "size"), [(None, 4), ("fp32", 4), ("bf16", 2)], ids=["default", "fp32", "bf16"]
+)
+def test_on_a_cpu_a_cache_is_in_fp32_unless_another_is_asked_for(asked, size):
+    model = nnx.jit(lambda: ds.Model(SMALL, precision="bf16", rngs=nnx.Rngs(0)))()
+    text = Text(model, [[1, 2, 3]], max_new_tokens=1, cache_format=asked)
+    assert text.report.cache_bytes == SMALL.num_layers * 256 * SMALL.cache_dim * size
 
 
 def test_any_mix_of_lengths_needs_the_same_three_programs(model, prompt_BT, greedy):
