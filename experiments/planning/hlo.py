@@ -144,9 +144,14 @@ def trip_count(line: str, computations) -> int:
 def _collective(item: _Instruction, kind: str, times: int, mesh: Mapping[str, int]) -> Collective:
     members = first_group(item.line, math.prod(mesh.values()))
     axes, result = axes_of(members, mesh), item.result
-    # What starts gives back its operands, results and more; only a sum its results alone.
-    if item.opcode.endswith("-start") and kind != "all-reduce" and result.startswith("("):
-        result = _elements(result)[1] if len(_elements(result)) > 1 else result
+    # What starts gives back its operands, results and more. A sum's operands, a tuple of their own,
+    # are left out by some compilers.
+    if item.opcode.endswith("-start") and result.startswith("("):
+        elements = _elements(result)
+        if kind != "all-reduce" and len(elements) > 1:
+            result = elements[1]
+        elif elements[0].startswith("("):
+            result = " ".join(elements[1:])
     arrays = tuple(_arrays(result))
     if kind == "reduce-scatter":
         arrays = tuple(a._replace(shape=(len(members), *a.shape)) for a in arrays)

@@ -68,6 +68,8 @@ def test_loops_count_as_often_as_they_run():
     [
         ("(f32[100]{0}, f32[200]{0}, f32[300]{0}) all-reduce-start(%a, %b, %c)", 600),
         ("f32[100]{0} all-reduce-start(%a)", 100),
+        ("((f32[100]{0}), f32[100]{0}) all-reduce-start(%a)", 100),
+        ("((f32[10], f32[20]), (f32[10], f32[20])) all-reduce-start(%a, %b)", 30),
         ("(f32[10]{0}, f32[30]{0}) all-gather-start(%a)", 30),
         ("((f32[10]{0}, f32[20]{0}), (f32[30]{0}, f32[60]{0})) all-gather-start(%a, %b)", 90),
         ("(f32[10]{0}, f32[10]{0}, u32[], u32[]) collective-permute-start(%a)", 10),
