@@ -44,7 +44,7 @@ class MoE(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.combine = "bf16"  # a key of Precision.combine; the model says which
+        self.combine = "bf16"  # a value of config.Combine; the model says which
         self.place_EJ = nnx.data(None)  # with a placement, E of the weights counts places
         D, E, F = config.model_dim, config.num_experts, config.expert_ffn_dim
         self.router_ED = normal(rngs, (E, D), config)
@@ -111,8 +111,9 @@ class MoE(nnx.Module):
         return fp8.on_shards(experts, f"{signature}->BTD,", *operands)
 
 
-# What a score makes of logits; what else hangs on it is in ModelConfig: the routing bias, and how
-# many experts speak for a group.
+# What a score makes of logits, all of them positive (`sequence_loss`). What else hangs on it is in
+# ModelConfig, the routing bias and how many experts speak for a group, and in huggingface_config,
+# the model type.
 SCORES: dict[Score, Callable[[jax.Array], jax.Array]] = {
     "sigmoid": jax.nn.sigmoid,
     "softmax": functools.partial(jax.nn.softmax, axis=-1),

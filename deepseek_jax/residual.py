@@ -20,7 +20,7 @@ FP8 = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def rounded(x: Float[Array, "... D"], format: str) -> Float[Array, "... D"]:
-    """x as it arrives in a format, a key of Precision.residual; bf16: as it is."""
+    """x as it arrives in a format, a value of config.Residual; bf16: as it is."""
     if format == "bf16":
         return x
     if format in FP8:

@@ -69,6 +69,9 @@ def group(processes: int | None) -> list[Place]:
         return [Place(int(variables["SLURM_PROCID"]), count, f"{hosts[0]}:{port}", tuple(hosts))]
     if int(variables.get(COUNT, 1)) > 1:
         count = int(variables[COUNT])
+        missing = {COORDINATOR, "JOB_COMPLETION_INDEX"} - set(variables)
+        if missing:
+            raise ValueError(f"{COUNT}={count} also needs {' and '.join(sorted(missing))}")
         index = int(variables["JOB_COMPLETION_INDEX"])
         pods = tuple(f"host-{n}" for n in range(count))
         return [Place(index, count, variables[COORDINATOR], pods)]

@@ -1,4 +1,4 @@
-"""Several processes as one program: how they meet, what they agree on, and when they stop."""
+"""Several processes as one program: how they meet, tell each other texts, wait and stop."""
 
 import contextlib
 import json

@@ -18,7 +18,7 @@ from pathlib import Path
 from experiments.command_line import TRACEBACK
 from experiments.hosts import PROCESS, Place
 
-GRACE = 10  # seconds that a process has to end by itself
+GRACE = 10  # seconds that a process has to end by itself after a signal
 
 
 class Child:

@@ -135,7 +135,7 @@ def local(
     the signature lists more. On one device it is called as it is.
 
     Args:
-      whole: letters that `fn` needs whole.
+      whole: letters that `fn` needs whole; of T only the tensor axis is taken off.
       again: gather once more backward rather than keep; False where the gradient of `fn` needs
         nothing of what was gathered.
       stored: `fn` works on each piece of weights as it is stored, and makes pieces of its results.

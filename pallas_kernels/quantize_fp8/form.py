@@ -1,4 +1,4 @@
-"""What the kernel of hopper.py quantises."""
+"""What the kernels of hopper.py and retiling.py are asked for."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""How the work of quantising is laid out on an SM."""
+"""How the work of quantising by rows and columns is laid out on an SM."""
 
 import dataclasses
 
@@ -8,7 +8,8 @@ class Tiles:
     """Blocks on an SM, tiles that each has in flight, and warpgroups that share a tile.
 
     227 KiB of shared memory and 64 Ki registers of an SM bound the blocks: one that does not fit
-    runs after the others, which costs more than it brings. Re-tiling makes one block of them all.
+    runs after the others, which costs more than it brings. In re-tiling all warpgroups of an SM are
+    one block and share no tile.
     """
 
     blocks: int = 2

@@ -38,6 +38,8 @@ def test_a_host_of_a_slurm_job_starts_its_own_process(monkeypatch):
 def test_a_pod_of_a_job_set_starts_its_own_process(monkeypatch):
     monkeypatch.setenv(hosts.COORDINATOR, "job-hosts-0-0.job:20000")
     monkeypatch.setenv(hosts.COUNT, "2")
+    with pytest.raises(ValueError, match="PROCESSES=2 also needs JOB_COMPLETION_INDEX"):
+        hosts.group(None)
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "1")
     (place,) = hosts.group(None)
     assert (place.index, place.count, place.coordinator) == (1, 2, "job-hosts-0-0.job:20000")
