@@ -152,8 +152,11 @@ def _say_errors_once() -> None:
 
     sys.unraisablehook = hook
     warnings.filterwarnings("ignore", "coroutine 'async_serialize", RuntimeWarning)
+    # And the warning of a checkpoint that was being removed when a process was killed.
     logging.getLogger("absl").addFilter(
-        lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname
+        lambda record: "orbax" not in record.pathname
+        or record.levelno < logging.ERROR
+        and "Metadata file does not exist" not in record.getMessage()
     )
     logging.getLogger("asyncio").addFilter(
         lambda record: "tensorstore" not in record.getMessage().lower()

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gc
+import logging
 import shutil
 
 import jax
@@ -169,6 +170,17 @@ def test_with_the_damaged_one_removed_the_one_before_is_used(copy):
     shutil.rmtree(copy / "2")
     checkpoints = Checkpoints(copy)
     assert checkpoints.latest == 1 and int(checkpoints.restore(RUN).step) == 1
+
+
+def test_a_checkpoint_that_was_being_removed_is_not_spoken_of(copy, state, caplog):
+    # A process was killed in between.
+    (copy / "1" / "_CHECKPOINT_METADATA").unlink()
+    with contextlib.closing(Checkpoints(copy, keep=2)) as checkpoints:
+        assert checkpoints.latest == 2
+        checkpoints.save(3, on_device(state))
+        checkpoints.wait()
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert sorted(path.name for path in copy.iterdir()) == ["2", "3"]
 
 
 def test_a_checkpoint_that_was_being_written_is_never_listed(copy):
