@@ -17,7 +17,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.e5m6 import E5M6, decode_e5m6, e5m6_letters, encode_e5m6, to_e5m6
 from deepseek_jax.latent_cache import LatentCache
 from deepseek_jax.layers import normal, norms_for, ones
-from deepseek_jax.linear import Activation, linear
+from deepseek_jax.linear import Activation, linear, linears
 from deepseek_jax.rope import rotate, softmax_scale
 from pallas_kernels.mla_attention import (
     mla_attention,
@@ -84,18 +84,18 @@ def latents(
     That is RMSNorm(W_DKV h) and RoPE(W_KR h) (V3 eqs. 1, 3 and 6).
     """
     config = attention.config
-    down_BTY = checkpoint_name(
-        linear("BTD,YD->BTY", x_BTD, attention.wkv_a_YD[...]), "latent"
-    )
+    down = "BTD,YD->BTY", attention.wkv_a_YD[...]
+    if config.query_latent_dim is None:
+        down_BTY = checkpoint_name(linear(down[0], x_BTD, down[1]), "latent")
+    else:
+        pair = linears(x_BTD, ("BTD,QD->BTQ", attention.wq_a_QD[...]), down)
+        latent_BTQ, down_BTY = checkpoint_name(pair, "latent")
     content, rotary = jnp.split(down_BTY, [config.kv_latent_dim], axis=-1)
     rotary_BTR = rotate(rotary[:, :, None, :], rotations_BTr)[:, :, 0, :]
     content_norm = attention.wkv_b_NXC[...], content, attention.kv_norm_C[...], "BTC"
     if config.query_latent_dim is None:
         (content,) = norms_for(content_norm, eps=config.latent_norm_eps)
         return x_BTD, content, rotary_BTR
-    latent_BTQ = checkpoint_name(
-        linear("BTD,QD->BTQ", x_BTD, attention.wq_a_QD[...]), "latent"
-    )
     query_norm = attention.wq_b_NAQ[...], latent_BTQ, attention.q_norm_Q[...], "BTQ"
     return *norms_for(query_norm, content_norm, eps=config.latent_norm_eps), rotary_BTR
 

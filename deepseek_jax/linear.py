@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -35,6 +36,20 @@ def linear(signature: str, x: Activation, weight: jax.Array | QuantizedWeight) -
         left = signature.partition(",")[0]
         x = fp8.quantize(x, left, implementation=weight.implementation)
     return fp8.on_shards(functools.partial(_linear_fp8, signature), signature, x, weight)
+
+
+def linears(
+    x: Activation, *products: tuple[str, jax.Array | QuantizedWeight]
+) -> list[jax.Array]:
+    """`linear` of x [B, T, D] with weights [*, D]; few rows read all of them in one kernel."""
+    if isinstance(x, few_rows.Scaled):
+        # Which is no array of its own where a sum reads it.
+        whole_ND = jnp.concatenate([weight for _, weight in products])
+        signature = "BTD,ND->BTN"
+        if few_rows.is_summed(signature, x.rows, whole_ND):
+            ends = itertools.accumulate(weight.shape[0] for _, weight in products[:-1])
+            return jnp.split(linear(signature, x, whole_ND), list(ends), axis=-1)
+    return [linear(signature, x, weight) for signature, weight in products]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -18,7 +18,7 @@ from deepseek_jax.experts_in_place import (
 )
 from deepseek_jax.latent_cache import empty_cache
 from deepseek_jax.layers import norm_for, norms_for, rms_norm
-from deepseek_jax.linear import linear
+from deepseek_jax.linear import linear, linears
 from pallas_kernels.mosaic import Target
 from tests.configs import TINY
 
@@ -171,6 +171,25 @@ def test_several_rows_multiply_weights_larger_than_the_cache_of_a_device(
     assert not few_rows.is_summed(signature, two, w_FD)
     product = linear(signature, norm_for(w_FD, two, gain_D, 1e-6, "BTD"), w_FD)
     assert relative_error(product, rms_norm(two, gain_D, 1e-6) @ w_FD.T) < 1e-6
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_several_weights_that_few_rows_are_multiplied_with_are_summed_as_one(
+    rows, on_accelerator, relative_error, monkeypatch
+):
+    draw = np.random.default_rng(3).standard_normal
+    x_BTD, gain_D = draw((rows, 1, D), np.float32), draw(D, np.float32)
+    w_FD, w_YD = (jnp.asarray(draw((n, D), np.float32)) for n in (F, 5))
+    pair = ("BTD,FD->BTF", w_FD), ("BTD,YD->BTY", w_YD)
+    normed = norm_for(w_FD, jnp.asarray(x_BTD), jnp.asarray(gain_D), 1e-6, "BTD")
+    sums = lambda: str(jax.make_jaxpr(lambda: linears(normed, *pair))()).count("reduce_sum")
+    # Many rows are products; two rows are products where a device keeps no weight so large.
+    assert sums() == {1: 1, 2: 1, 5: 0}[rows]
+    expected = rms_norm(x_BTD, gain_D, 1e-6)
+    for y, (_, w) in zip(linears(normed, *pair), pair, strict=True):
+        assert relative_error(y, expected @ w.T) < 1e-6
+    monkeypatch.setattr(few_rows, "CACHED_BYTES", w_FD.nbytes)
+    assert sums() == {1: 1, 2: 2, 5: 0}[rows]
 
 
 def test_counting_places_finds_the_experts_of_a_top_k_equals_and_minus_infinity_included():
