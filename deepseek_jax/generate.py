@@ -263,7 +263,7 @@ class Text:
         if draft:
             self._cache_bytes += self.state.ahead.cache.num_bytes
         # The last token of a prompt is read by the first step.
-        for begin in range(0, longest - 1, chunk_width(capacity)):
+        for begin in range(0, longest - 1, under_mesh(chunk_width, mesh)(capacity)):
             self.state = _prefill(model, self.state, np.int32(begin), **self._where)
 
     def advance(self, steps: int = ALL_STEPS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-ROUNDS, CALLS = 3, 10
+ROUNDS = 30
 # More than twice the L2 cache of a Hopper GPU (50 MiB).
 FLUSHED_BYTES = 128 * 2**20
 
@@ -74,32 +74,34 @@ class Timer:
         self.torch_method = "CUPTI" if self._names.get(True) else "events"
 
     def compare(self, calls: Mapping[str, Call]) -> dict[str, float]:
-        """Median over 30 calls of each, in rounds of alternating order."""
+        """Median over 30 calls of each, one of each in turn, every other turn backwards.
+
+        A GPU at its power limit slows down in the first tens of milliseconds of large products:
+        of calls ten at a time, whichever came early most often would look faster by 10 %.
+        """
         order = [name for turn in range(ROUNDS) for name in list(calls)[:: (-1) ** turn]]
         taken: dict[str, list[float]] = {name: [] for name in calls}
         apart = [name for name in calls if calls[name].torch and self.torch_method == "events"]
         together = [name for name in order if name not in apart]
         spans = self._spans([calls[name] for name in together])
-        if len(spans) == len(together) * CALLS:
-            for i, name in enumerate(together):
-                taken[name] += spans[i * CALLS : (i + 1) * CALLS]
+        if len(spans) == len(together):
+            for name, microseconds in zip(together, spans, strict=True):
+                taken[name].append(microseconds)
         else:
             apart = list(calls)
         for name in order:
             if name in apart:
-                taken[name] += self.measure(calls[name])
+                taken[name].append(self.measure(calls[name]))
         return {name: statistics.median(times) for name, times in taken.items()}
 
     def _spans(self, calls: Sequence[Call]) -> list[float]:
-        """Microseconds between one flush and the next, ten for each call, in one recording."""
+        """Microseconds between one flush and the next, for each call, in one recording."""
         cupti, flushes = load_cupti(), set().union(*self._names.values())
         cupti._cupti_init()
         try:
             for call in calls:
-                for _ in range(CALLS):
-                    self._flush[call.torch]()
-                    result = call.run()
-                self._wait(call.torch, result)
+                self._flush[call.torch]()
+                self._wait(call.torch, call.run())
         finally:
             records = cupti._cupti_get_timings(True) or []
         spans: list[float] = []
@@ -110,8 +112,8 @@ class Timer:
                 spans[-1] += 1e3 * milliseconds
         return spans if all(spans) else []
 
-    def measure(self, call: Call) -> list[float]:
-        """Microseconds of each of ten calls: all of its kernels, added up."""
+    def measure(self, call: Call) -> float:
+        """Microseconds of a call: all of its kernels, added up."""
         flush = self._flush[call.torch]
 
         def both():
@@ -119,13 +121,12 @@ class Timer:
             return call.run()
 
         if not call.torch or self.torch_method == "CUPTI":
-            records = self._record(both, call.torch, CALLS)
+            records = self._record(both, call.torch, 1)
             kernels = [time for name, time in records if name not in self._names[call.torch]]
-            if kernels and len(kernels) % CALLS == 0:
-                each = len(kernels) // CALLS
-                return [1e3 * sum(kernels[i * each : (i + 1) * each]) for i in range(CALLS)]
+            if kernels:
+                return 1e3 * sum(kernels)
             if not call.torch:
-                raise RuntimeError(f"CUPTI saw {len(kernels)} kernels of {CALLS} calls")
+                raise RuntimeError("CUPTI saw no kernel of a call")
             self.torch_method = "events"
         return self._events(call.run, flush)
 
@@ -150,15 +151,13 @@ class Timer:
         else:
             jax.block_until_ready(result)
 
-    def _events(self, run, flush) -> list[float]:
+    def _events(self, run, flush) -> float:
         cuda = self._torch.cuda
-        event = lambda: cuda.Event(enable_timing=True)
-        pairs = [(event(), event()) for _ in range(CALLS)]
+        start, end = (cuda.Event(enable_timing=True) for _ in range(2))
         run()
-        for start, end in pairs:
-            flush()
-            start.record()
-            run()
-            end.record()
+        flush()
+        start.record()
+        run()
+        end.record()
         cuda.synchronize()
-        return [1e3 * start.elapsed_time(end) for start, end in pairs]
+        return 1e3 * start.elapsed_time(end)

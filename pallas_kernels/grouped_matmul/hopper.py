@@ -23,25 +23,31 @@ from pallas_kernels.grouped_matmul.tiles import DEPTH, ROWS, Tiles
 def tiles_by_rows(rows: int, groups: int, n: int, k: int) -> Tiles:
     """Tiles for so many rows in groups with weights of n outputs and k inputs.
 
-    Without pairs: best or within 2 % of the best of seven tiles on 8, 32 and 64 groups. Geometric
-    mean over torch's `_grouped_mm` 1.07 (H200, 32,768 rows, both orders of the weight).
+    In pairs: 0.98 to 1.03, 1.01 on average, of the speed without, and better than pairs that share
+    the operand of the rows (H200, 8 and 32 groups of 32,768 rows, both orders of the weight).
     """
-    return tuned.TILES.get((rows // groups, n, k), Tiles(pair=False))
+    return tuned.TILES.get((rows // groups, n, k), Tiles())
 
 
 def tiles_by_contraction(rows: int, groups: int, n: int, k: int) -> Tiles:
     """Tiles for weight gradients [n, k] of so many rows in groups.
 
-    TFLOP/s on an H200, the FP32 output included, beside torch's `_grouped_mm` with a BF16 one:
-      rows a group   output       3 stages, pairs   4 stages, no pairs   torch
-      4096           4096 x 7168  774               767                  762
-      4096           7168 x 2048  765               754                  747
-      1024           4096 x 7168  647               675                  714
-      1536           1408 x 2048  702               712                  661
+    Best or within 1 % of the best of five on an H200, for 8 and 32 groups of 32,768 rows.
     """
-    few = rows < 2048 * groups
-    rule = Tiles(store_columns=32, pair=False) if few else Tiles(256, 3, 32, 4)
-    return tuned.GRADIENT_TILES.get((rows // groups, n, k), rule)
+    return tuned.GRADIENT_TILES.get((rows // groups, n, k), Tiles(store_buffers=1))
+
+
+def _num_tiles(row_tiles, columns: int, tiles) -> tuple:
+    """Row tiles, or pairs of them, and column tiles."""
+    return pl.cdiv(row_tiles, 2 if tiles.pair else 1), pl.cdiv(columns, tiles.columns)
+
+
+def _tile_at(index, num_tiles, tiles):
+    """First row tile of this block's pair, and column tile: the blocks of a pair lie one below
+    the other and share the operand of the columns, which is twice as large as that of the rows."""
+    pair = 2 if tiles.pair else 1
+    row, column = plgpu.planar_snake(index, num_tiles, 0, tiles.band // pair)
+    return row * pair, column
 
 
 def _multiply(first, steps, tiles, full, free, mma, prepare=None):
@@ -90,37 +96,46 @@ def _by_rows_body(
 ):
     warpgroup = lax.axis_index("warpgroup")
     steps = pl.cdiv(x_gmem.shape[1], DEPTH)
-    row_tiles, pairs = used_gmem[0], pipeline.column_pairs(y_gmem.shape[1], tiles)
+    row_tiles = used_gmem[0]
+    num_tiles = _num_tiles(row_tiles, y_gmem.shape[1], tiles)
+    # Where a pair has one row tile left, both blocks multiply it and one writes.
+    row_of = lambda first, place: jnp.minimum(first + place, row_tiles - 1)
+    own_row = lambda first: row_of(first, lax.axis_index("pair"))
 
     def loop(body):
-        @plgpu.nd_loop((row_tiles * pairs,), collective_axes="cluster", init_carry=jnp.int32(0))
+        @plgpu.nd_loop((math.prod(num_tiles),), collective_axes="cluster", init_carry=jnp.int32(0))
         def last(info, carry):
             (index,) = info.index
-            return body(*pipeline.tile_at(index, row_tiles, pairs, tiles, 0), carry)
+            return body(*_tile_at(index, num_tiles, tiles), carry)
 
         return last
 
-    def fetch(row, column, slot):
+    def fetch(first, column, slot):
+        row = own_row(first)
         group = groups_gmem[row]
         rows, columns = pl.ds(row * ROWS, ROWS), pl.ds(column * tiles.columns, tiles.columns)
 
-        def fill(i, slot):
+        def fill(i, slot, **shared):
             plgpu.barrier_wait(free.at[slot])
             depth = pl.ds(i * DEPTH, DEPTH)
             w_tile = w_gmem.at[
                 (group, columns, depth) if contract_last else (group, depth, columns)
             ]
-            shared = pipeline.shared_by_pair(tiles)
-            plgpu.copy_gmem_to_smem(
-                x_gmem.at[rows, depth], x_smem.at[slot], full.at[slot], **shared
-            )
-            plgpu.copy_gmem_to_smem(w_tile, w_smem.at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(x_gmem.at[rows, depth], x_smem.at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(w_tile, w_smem.at[slot], full.at[slot], **shared)
             return pipeline.next_slot(slot, tiles.stages)
 
-        return lax.fori_loop(0, steps, fill, slot)
+        alone = lambda: lax.fori_loop(0, steps, fill, slot)
+        if not tiles.pair:
+            return alone()
+        in_pair = functools.partial(fill, collective_axes="pair")
+        together = lambda: lax.fori_loop(0, steps, in_pair, slot)
+        # The last rows of a group and the first of the next are multiplied with unlike weights.
+        is_shared = groups_gmem[row_of(first, 0)] == groups_gmem[row_of(first, 1)]
+        return lax.cond(is_shared, together, alone)
 
-    def produce(row, column, slot):
-        own = pl.ds(warpgroup * 64, 64)
+    def produce(first, column, slot):
+        row, own = own_row(first), pl.ds(warpgroup * 64, 64)
 
         def mma(acc, slot):
             w_tile = w_smem.at[slot]
@@ -134,7 +149,10 @@ def _by_rows_body(
             columns = pl.ds(column * tiles.columns + start, width)
             return y_gmem.at[pl.ds(row * ROWS + warpgroup * 64, 64), columns]
 
-        pipeline.store(pipeline.pieces_of(total, tiles), out, y_smem, tiles)
+        @pl.when(first + lax.axis_index("pair") == row)
+        def _():
+            pipeline.store(pipeline.pieces_of(total, tiles), out, y_smem, tiles)
+
         return slot
 
     pipeline.specialise(lambda: loop(fetch), lambda: loop(produce), free, tiles)
@@ -156,10 +174,10 @@ def _by_contraction_body(
 ):
     warpgroup = lax.axis_index("warpgroup")
     num_groups, n, k = w_gmem.shape
-    row_tiles, pairs = pl.cdiv(n, ROWS), pipeline.column_pairs(k, tiles)
+    num_tiles = _num_tiles(pl.cdiv(n, ROWS), k, tiles)
 
     def loop(body):
-        grid = (num_groups, row_tiles * pairs)
+        grid = (num_groups, math.prod(num_tiles))
 
         @plgpu.nd_loop(grid, collective_axes="cluster", init_carry=jnp.int32(0))
         def last(info, carry):
@@ -167,7 +185,8 @@ def _by_contraction_body(
             # An empty group multiplies one step of rows that are all masked: it must write zeros.
             size = sizes_gmem[group]
             steps = jnp.maximum(1, (size + (DEPTH - 1)) // DEPTH)
-            row, column = pipeline.tile_at(index, row_tiles, pairs, tiles, 0)
+            first, column = _tile_at(index, num_tiles, tiles)
+            row = first + lax.axis_index("pair")
             return body(group, size, steps, row, column, carry)
 
         return last
@@ -180,10 +199,10 @@ def _by_contraction_body(
             plgpu.barrier_wait(free.at[slot])
             depth = pl.ds(start + i * DEPTH, DEPTH)
             shared = pipeline.shared_by_pair(tiles)
+            plgpu.copy_gmem_to_smem(y_gmem.at[depth, rows], y_smem.at[slot], full.at[slot])
             plgpu.copy_gmem_to_smem(
-                y_gmem.at[depth, rows], y_smem.at[slot], full.at[slot], **shared
+                x_gmem.at[depth, columns], x_smem.at[slot], full.at[slot], **shared
             )
-            plgpu.copy_gmem_to_smem(x_gmem.at[depth, columns], x_smem.at[slot], full.at[slot])
             return pipeline.next_slot(slot, tiles.stages)
 
         return lax.fori_loop(0, steps, fill, slot)

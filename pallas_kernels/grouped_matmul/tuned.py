@@ -9,7 +9,4 @@ from pallas_kernels.grouped_matmul import tiles
 TILES: dict[tuple[int, ...], tiles.Tiles] = {}
 
 # (rows a group, N, K) of weight gradients.
-GRADIENT_TILES: dict[tuple[int, ...], tiles.Tiles] = {
-    # 791 TFLOP/s, before 706 TFLOP/s; NVIDIA H200, 2026-12-01, commit dcaad58.
-    (4096, 7168, 2048): tiles.Tiles(store_buffers=1, pair=False),
-}
+GRADIENT_TILES: dict[tuple[int, ...], tiles.Tiles] = {}

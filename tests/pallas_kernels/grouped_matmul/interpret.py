@@ -15,7 +15,9 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
 from pallas_kernels.grouped_matmul import hopper, reference
 
-SIZES, ROWS, N, K = np.array([130, 0, 70], np.int32), 512, 160, 128
+# Pairs of row tiles of one group and of two, and a last one alone; unused rows after them.
+SIZES, STARTS = np.array([200, 0, 70, 130], np.int32), (0, 256, 256, 384)
+ROWS, N, K = 768, 160, 128
 # Masking a group's last rows, both warpgroups write equal values to the operand that they share.
 EQUAL_WRITES = "by_contraction"
 
@@ -23,7 +25,8 @@ EQUAL_WRITES = "by_contraction"
 def main(case: str):
     rng = np.random.default_rng(0)
     real_M = np.zeros(ROWS, bool)
-    real_M[:130] = real_M[256:326] = True
+    for start, size in zip(STARTS, SIZES, strict=True):
+        real_M[start : start + size] = True
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
     poisoned = lambda x, poison: jnp.where(real_M[:, None], x, jnp.bfloat16(poison))
     x_MK, y_MN = poisoned(normal(ROWS, K), np.nan), poisoned(normal(ROWS, N), np.inf)
@@ -35,7 +38,7 @@ def main(case: str):
         right = reference.by_contraction(y_MN, x_MK, SIZES, alignment=128, out_dtype=jnp.float32)
     else:
         last = case == "by_rows"
-        w_GNK = normal(3, N, K) if last else normal(3, K, N)
+        w_GNK = normal(4, N, K) if last else normal(4, K, N)
         found = hopper.by_rows(x_MK, w_GNK, SIZES, alignment=128, contract_last=last, **options)
         right = reference.by_rows(x_MK, w_GNK, SIZES, alignment=128, contract_last=last)
         found, right = found[real_M], right[real_M]
