@@ -152,6 +152,11 @@ Residual = Literal["bf16", "e4m3", "e5m2", "logfmt8", "logfmt10"]
 COMBINE, RESIDUAL = typing.get_args(Combine), typing.get_args(Residual)
 
 
+def logfmt_bits(format: Combine | Residual) -> int | None:
+    """Bits of a value in LogFMT; None of another format."""
+    return int(format.removeprefix("logfmt")) if format.startswith("logfmt") else None
+
+
 @dataclass(frozen=True)
 class Precision:
     """What weights are stored in, what flows between ops, what products multiply.

@@ -8,6 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from deepseek_jax import fp8
+from deepseek_jax.config import logfmt_bits
 from deepseek_jax.fp8 import Quantized, QuantizedWeight
 from deepseek_jax.swiglu import gated_ffn_fp8, swiglu
 from pallas_kernels.grouped_matmul.api import grouped_matmul
@@ -75,9 +76,9 @@ _send_codes.defvjp(_send_codes_fwd, _send_codes_bwd)
 @functools.cache
 def results_format(combine: str) -> Results:
     """How results go back: as they are, or in LogFMT of so many bits, rounded at every hop."""
-    if combine == "bf16":
+    bits = logfmt_bits(combine)
+    if bits is None:
         return as_they_are
-    bits = int(combine.removeprefix("logfmt"))
 
     def in_logfmt(y_MD, exchange):
         sent = jax.tree.map(exchange, encode_logfmt(y_MD, bits))

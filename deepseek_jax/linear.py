@@ -43,7 +43,7 @@ def linears(
 ) -> list[jax.Array]:
     """`linear` of x [B, T, D] with weights [*, D]; few rows read all of them in one kernel."""
     if isinstance(x, few_rows.Scaled):
-        # Which is no array of its own where a sum reads it.
+        # No array of its own where a sum reads it.
         whole_ND = jnp.concatenate([weight for _, weight in products])
         signature = "BTD,ND->BTN"
         if few_rows.is_summed(signature, x.rows, whole_ND):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from deepseek_jax.config import logfmt_bits
 from pallas_kernels.logfmt import round_to_logfmt
 from pallas_kernels.quantize_fp8.reference import AMAX_FLOOR
 from pallas_kernels.rounding import to_fp8
@@ -25,7 +26,7 @@ def rounded(x: Float[Array, "... D"], format: str) -> Float[Array, "... D"]:
         return x
     if format in FP8:
         return _round_to_fp8(x, FP8[format])
-    return round_to_logfmt(x, int(format.removeprefix("logfmt")))
+    return round_to_logfmt(x, logfmt_bits(format))
 
 
 @rounded.defjvp

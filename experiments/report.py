@@ -1,7 +1,6 @@
 """report.html of a run: one page without network or scripts, for any screen, light or dark."""
 
 import html
-import os
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from experiments.display import duration
 from experiments.plots import FIRST, SECOND, Curve, short
 from experiments.records import Records, read_records
 from experiments.report_style import CSS
+from experiments.tables import whole
 
 # Heat maps are drawn for at most this many layers.
 LAYERS = 8
@@ -37,12 +37,8 @@ def report(arguments: Report) -> None:
 def write_report(run_dir: Path) -> Path:
     """Write report.html beside the run's records and return its path."""
     path = Path(run_dir) / "report.html"
-    partial = path.with_name(".report.html.partial")
-    try:
+    with whole(path) as partial:
         partial.write_text(page(read_records(Path(run_dir))), encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from deepseek_jax.config import Run, differing_fields, from_json
 from experiments.records import metrics_lines
-from experiments.tables import plain, write_json
+from experiments.tables import plain, whole, write_json
 
 # May differ when a run goes on: they do not change the numbers of a step.
 FREE_ON_RESUME = ("steps", "checkpoint_every", "keep_checkpoints", "max_skipped")
@@ -115,13 +115,8 @@ class RunDirectory:
 
     def write_tokenizer(self, source: Path) -> None:
         """Keeps a copy of a tokenizer.json, whole or not at all."""
-        partial = self.tokenizer.with_name(".tokenizer.json.partial")
-        with writing(self.tokenizer):
-            try:
-                partial.write_bytes(source.read_bytes())
-                os.replace(partial, self.tokenizer)
-            finally:
-                partial.unlink(missing_ok=True)
+        with writing(self.tokenizer), whole(self.tokenizer) as partial:
+            partial.write_bytes(source.read_bytes())
 
     def read_config(self) -> dict[str, Any]:
         """The record that the first process wrote at the start of the run."""
@@ -215,10 +210,8 @@ class MetricsLog:
                     break
                 kept.append(line + b"\n")
         self._path = path
-        partial = path.with_name(f".{path.name}.partial")
-        with writing(path):
+        with writing(path), whole(path) as partial:
             partial.write_bytes(b"".join(kept))
-            os.replace(partial, path)
         self._file = path.open("a")
 
     def write(self, entry: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import tyro
 from deepseek_jax.generate import Stream
 from deepseek_jax.latent_cache import check_format
 from deepseek_jax.sampling import Sampling
-from experiments.devices import MeshArgs, devices_of, make_cpu_devices
+from experiments.devices import MeshArgs, devices_of
 from experiments.models import chat_prompt, load_model, run_of
 from experiments.tables import write_json
 
@@ -57,7 +57,6 @@ class SampleArgs(MeshArgs):
 
 def sample(args: SampleArgs) -> None:
     """Prints the prompt and its continuation as it is made."""
-    make_cpu_devices(args.mesh)  # while JAX has not looked for devices
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed {args.seed} must be at least 0, at most {2**32 - 1}")
     try:
@@ -67,11 +66,11 @@ def sample(args: SampleArgs) -> None:
     run = run_of(args.run)
     if args.draft and not run.config.num_mtp:
         raise ValueError(f"--draft needs a model with MTP modules, and {args.run} has none")
-    # Before the weights are read.
+    devices = devices_of(args, run)
+    # Before the weights are read; JAX may look for devices from here on.
     Sampling.of(args.temperature, args.top_k, args.top_p, args.min_p)
     if args.cache is not None:
         check_format(args.cache)
-    devices = devices_of(args, run)
     with devices.scope():
         continue_prompt(args, devices.mesh)
 

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import json
 import os
 import statistics
 from collections.abc import Iterable, Sequence
@@ -21,10 +20,11 @@ from experiments.planning.compare import compared
 from experiments.planning.compile import compile_setup
 from experiments.planning.fit import fit, is_fitted
 from experiments.planning.measure import measure, spearman
+from experiments.planning.notes import Notes
 from experiments.planning.picture import Point, draw
-from experiments.planning.setup import Setup, mesh_name
+from experiments.planning.setup import mesh_name
 from experiments.recipes import recipe
-from experiments.tables import print_table, write_json
+from experiments.tables import print_table, whole, write_json
 from sharding.cost import Reached
 from sharding.hardware import Cluster, cluster
 
@@ -209,7 +209,7 @@ def shortlist(found: Sequence[Candidate], best: int) -> list[Candidate]:
     return chosen + rest[: best - len(chosen)]
 
 
-def compile_all(chosen: Sequence[Candidate], notes: "Notes", say) -> None:
+def compile_all(chosen: Sequence[Candidate], notes: Notes, say) -> None:
     """Compiles those that have not been, on all cores; what fails is said and left out."""
     target = chosen[0].setup.cluster.accelerator.platform
     reason = targets.missing(target)
@@ -240,7 +240,7 @@ def compile_all(chosen: Sequence[Candidate], notes: "Notes", say) -> None:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def fitted(chosen: Sequence[Candidate], reached: Reached, notes: "Notes", say) -> Reached:
+def fitted(chosen: Sequence[Candidate], reached: Reached, notes: Notes, say) -> Reached:
     """Constants fitted on the measured meshes that are named for it; says how the others rank."""
     notes_of = {c.setup.name: notes.get("measured", c.setup) for c in chosen}
     times = {name: statistics.median(note["seconds"])
@@ -260,7 +260,7 @@ def fitted(chosen: Sequence[Candidate], reached: Reached, notes: "Notes", say) -
     return reached
 
 
-def table(found: Iterable[Candidate], notes: "Notes") -> list[Row]:
+def table(found: Iterable[Candidate], notes: Notes) -> list[Row]:
     """Rows in order; the Pareto front is that of the setups that fit."""
     rows, least = [], float("inf")
     for rank, c in enumerate(found, start=1):
@@ -279,57 +279,12 @@ def table(found: Iterable[Candidate], notes: "Notes") -> list[Row]:
     return rows
 
 
-class Notes:
-    """What was compiled and measured, kept in a folder so that a stopped sweep goes on."""
-
-    def __init__(self, folder: Path | None):
-        self._path = None if folder is None else folder / "notes.jsonl"
-        self._found: dict[tuple[str, str], dict] = {}
-        if self._path is not None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._read()
-
-    def _read(self) -> None:
-        """What is there; a last line that was cut off is left out, and cut off in the file too."""
-        if not self._path.exists():
-            return
-        text = self._path.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]
-        if whole != text:
-            os.truncate(self._path, len(whole))
-        for number, line in enumerate(whole.decode(errors="replace").splitlines(), start=1):
-            try:
-                kind, name, value = json.loads(line)
-                self._found[kind, name] = dict(value)
-            except (ValueError, TypeError) as error:
-                raise ValueError(
-                    f"{self._path} is damaged in line {number}: delete that line, or name another "
-                    "--out"
-                ) from error
-
-    def get(self, kind: str, setup: Setup) -> dict | None:
-        return self._found.get((kind, key(setup)))
-
-    def add(self, kind: str, setup: Setup, value: dict) -> None:
-        self._found[kind, key(setup)] = value
-        if self._path is not None:
-            with open(self._path, "a") as file:
-                file.write(json.dumps([kind, key(setup), value]) + "\n")
-
-
-def key(setup: Setup) -> str:
-    """A setup in one line that changes with anything that its program depends on."""
-    return f"{setup.cluster.name} {setup.name} {setup.run} {setup.scheme}"
-
-
 def write(rows: Sequence[Row], out: Path, *, title: str, where: Cluster) -> None:
     """table.csv, table.json, picture.png."""
-    partial = out / ".table.csv.partial"
-    with open(partial, "w", newline="") as file:
+    with whole(out / "table.csv") as partial, open(partial, "w", newline="") as file:
         writer = csv.DictWriter(file, [f.name for f in dataclasses.fields(Row)])
         writer.writeheader()
         writer.writerows(dataclasses.asdict(row) for row in rows)
-    os.replace(partial, out / "table.csv")
     write_json(out / "table.json", [dataclasses.asdict(row) for row in rows])
     points = [
         Point(r.bytes / GIB, r.seconds, r.fits, r.front,

@@ -214,7 +214,7 @@ def matmul(
     products = ((a_MK, b_NK, a_scale_kM, b_scale_nk), *more)
     products = [(mosaic.pad_rows(a), *others) for a, *others in products]
     rows, n = products[0][0].shape[0], b_NK.shape[-2]
-    tiles = pipeline.narrow(tiles, n)
+    tiles = pipeline.narrow(tiles, n, pipeline.pair_width(tiles))
     # The memory warpgroup is at most `stages` steps ahead of the weight scales in use.
     num_scales = -(-tiles.stages // (len(products) * k // DEPTH)) + 1
     out_type = jax.ShapeDtypeStruct((rows, n), out_dtype)

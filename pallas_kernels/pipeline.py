@@ -3,8 +3,9 @@
 A block is one memory warpgroup and some compute warpgroups of 64 rows each. The memory warpgroup
 fills a ring of stages in shared memory by TMA and runs ahead across output tiles; the compute
 warpgroups free a stage each on its own and are not ordered against each other, so that what one of
-them does between its WGMMAs hides behind the WGMMAs of the others. The blocks of a pair lie side by
-side along the columns and share the row operand by multicast.
+them does between its WGMMAs hides behind the WGMMAs of the others. The blocks of a pair share one
+operand by multicast: in FP8 they lie side by side along the columns and share that of the rows, in
+BF16 one below the other and share that of the columns.
 """
 
 import dataclasses
@@ -33,13 +34,15 @@ def check_store(tiles):
         raise ValueError(f"{tiles.store_buffers=} must divide the {pieces} pieces of a tile")
 
 
-def narrow(tiles, columns: int):
+def narrow(tiles, columns: int, reach: int):
     """The tiles, with pieces of half the width where one is as wide as the whole result.
 
     Mosaic drops the index of a dimension that one piece covers: pieces past its end, which are
     otherwise left out, would be written over it.
+
+    Args:
+      reach: columns of a block, or of the two that lie side by side.
     """
-    reach = tiles.columns * (2 if tiles.pair else 1)
     if columns != tiles.store_columns or reach == columns:
         return tiles
     return dataclasses.replace(
@@ -59,9 +62,14 @@ def shared_by_pair(tiles) -> dict[str, str]:
     return {"collective_axes": "pair"} if tiles.pair else {}
 
 
+def pair_width(tiles) -> int:
+    """Columns of a pair whose blocks lie side by side; of a block without pairs."""
+    return tiles.columns * (2 if tiles.pair else 1)
+
+
 def column_pairs(columns: int, tiles) -> int:
     """Pairs of column tiles; single ones without pairs."""
-    return pl.cdiv(pl.cdiv(columns, tiles.columns), 2 if tiles.pair else 1)
+    return pl.cdiv(columns, pair_width(tiles))
 
 
 def tile_at(index, row_tiles, pairs, tiles, minor: int):

@@ -203,7 +203,7 @@ def matmul(
     with finite scales. A group without tokens gets exactly 0.
     """
     n, k = y_NM.shape[0], x_KM.shape[0]
-    tiles = pipeline.narrow(tiles, k)
+    tiles = pipeline.narrow(tiles, k, pipeline.pair_width(tiles))
     out_type = jax.ShapeDtypeStruct((sizes_G.shape[0], n, k), jnp.float32)
     # Before jax 0.11 a kernel cannot write into an operand, and none into one that varies over
     # the axes of a mesh.

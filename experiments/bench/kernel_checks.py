@@ -1,4 +1,4 @@
-"""Checks of the FP8 kernels on the card: errors against float64, poison, odd shapes, repetition."""
+"""Checks of products and quantisation on the card: errors, poison, odd shapes, repetition."""
 
 import functools
 import itertools
@@ -15,6 +15,7 @@ from experiments.bench import logfmt
 from experiments.bench.kernel_data import BF16, F32
 from experiments.bench.kernel_report import verdict
 from experiments.bench.kernel_run import cores, use_cache
+from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.grouped_matmul_fp8 import by_contraction, by_rows
 from pallas_kernels.grouped_matmul_fp8 import tuned as grouped_tiles
 from pallas_kernels.grouped_matmul_fp8.api import rows_of_blocks
@@ -39,6 +40,8 @@ REPEATS = 10
 ODD = [(1, 576, 2048), (64, 2112, 512), (70, 2112, 512), (128, 320, 10944), (1001, 592, 2112),
        (512, 32, 512)]
 SIZES = {"mixed": (130, 0, 70, 1, 1000, 0), "one has all": (0, 0, 1500, 0), "none": (0, 0, 0)}
+# In BF16 two row tiles are a pair: of two groups the second here, and a last one alone.
+PAIRED = SIZES | {"odd": (300, 70, 0, 513)}
 QUANTIZED = [(1001, 2112), (384, 576), (70, 208), (2048, 1536)]
 Verdict = dict[str, Any]
 
@@ -132,12 +135,8 @@ def grouped() -> Iterator[Verdict]:
     n, k = 592, 1040
     for name, sizes in SIZES.items():
         sizes_G = np.array(sizes, np.int32)
-        padded = -(-sizes_G // 128) * 128
-        used, starts = int(padded.sum()), np.cumsum(padded) - padded
-        rows = used + 256
-        real = np.zeros((rows, 1), bool)
-        for start, size in zip(starts, sizes, strict=True):
-            real[start : start + size] = True
+        real, starts, padded = rows_of(sizes)
+        rows, used = real.shape[0], int(padded.sum())
         counts = rows_of_blocks(jnp.asarray(sizes_G), rows)
         a = quantize_tiles(jnp.where(real, normal(rows, k), jnp.nan), counts_m=counts)
         dy = jnp.where(real, normal(rows, n), jnp.inf)
@@ -159,6 +158,45 @@ def grouped() -> Iterator[Verdict]:
         right = gradients + float64(total)
         bar = f"{bar}, accumulating"
         yield from error_and_repeats(bar, right, 2e-4, call, y, x, sizes_G, total)
+    yield from grouped_bf16()
+
+
+def rows_of(sizes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which rows [M, 1] hold data, the last 256 unused; starts and padded sizes of groups."""
+    padded = -(-np.array(sizes, np.int32) // 128) * 128
+    starts = np.cumsum(padded) - padded
+    real = np.zeros((int(padded.sum()) + 256, 1), bool)
+    for start, size in zip(starts, sizes, strict=True):
+        real[start : start + size] = True
+    return real, starts, padded
+
+
+def grouped_bf16() -> Iterator[Verdict]:
+    """The product by groups and its two gradients; N has a short last tile, and an odd number."""
+    n, k = 576, 1088
+    for name, sizes in PAIRED.items():
+        sizes_G, (real, starts, _) = np.array(sizes, np.int32), rows_of(sizes)
+        x = jnp.where(real, normal(len(real), k), jnp.nan)
+        dy = jnp.where(real, normal(len(real), n), jnp.inf)
+        w = normal(len(sizes), n, k, dtype=F32)
+        products, inputs = np.zeros((len(real), n)), np.zeros((len(real), k))
+        gradients = np.zeros((len(sizes), n, k))
+        for group, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+            own, weight = slice(start, start + size), float64(w[group].astype(BF16))
+            products[own] = float64(x[own]) @ weight.T
+            inputs[own] = float64(dy[own]) @ weight
+            gradients[group] = float64(dy[own]).T @ float64(x[own])
+        kept = np.flatnonzero(real)
+        product = functools.partial(grouped_matmul, group_sizes_G=sizes_G, alignment=128)
+        back = lambda x, w, dy, product=product: jax.vjp(product, x, w)[1](dy)
+        found = {
+            "by rows": (lambda x, w, dy, f=product, at=kept: f(x, w)[at], products[kept], ROUNDED),
+            "input gradient": (lambda *a, f=back, at=kept: f(*a)[0][at], inputs[kept], ROUNDED),
+            "by contraction": (lambda *a, f=back: f(*a)[1], gradients, 2e-4),
+        }
+        for what, (call, right, limit) in found.items():
+            bar = f"BF16 {what}, {name}"
+            yield from error_and_repeats(bar, right, limit, jax.jit(call), x, w, dy)
 
 
 def quantize() -> Iterator[Verdict]:

@@ -77,7 +77,7 @@ class Timer:
         """Median over 30 calls of each, one of each in turn, every other turn backwards.
 
         A GPU at its power limit slows down in the first tens of milliseconds of large products:
-        of calls ten at a time, whichever came early most often would look faster by 10 %.
+        of calls ten at a time, whichever came early most often would look faster, by up to a tenth.
         """
         order = [name for turn in range(ROUNDS) for name in list(calls)[:: (-1) ** turn]]
         taken: dict[str, list[float]] = {name: [] for name in calls}

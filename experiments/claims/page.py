@@ -1,7 +1,6 @@
 """claims.html: the table of claims and the figures, one page without network or scripts."""
 
 import html
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from experiments.claims.figures import figures
 from experiments.claims.table import SUBJECTS
 from experiments.report import card, section
 from experiments.report_style import CSS
-from experiments.tables import show
+from experiments.tables import show, whole
 
 STYLE = """
 .claims { overflow-x: auto; }
@@ -26,12 +25,8 @@ STYLE = """
 
 def write_page(path: Path, results: Sequence[Result]) -> None:
     """Write the page so that it is whole or absent."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with whole(path) as partial:
         partial.write_text(page(results), encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def page(results: Sequence[Result]) -> str:

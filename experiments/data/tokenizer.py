@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.data.corpus import Corpus
+from experiments.tables import whole
 
 # V3's names; \uff5c is its full-width bar, \u2581 its blank.
 END_OF_SENTENCE = "<\uff5cend\u2581of\u2581sentence\uff5c>"
@@ -125,10 +126,8 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes tokenizer.json exactly as it was read, so that its hash stays."""
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_text(self._source, encoding="utf-8", newline="")
-        os.replace(partial, path)
+        with whole(Path(path)) as partial:
+            partial.write_text(self._source, encoding="utf-8", newline="")
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:

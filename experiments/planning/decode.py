@@ -15,7 +15,7 @@ from deepseek_jax.config import Run
 from deepseek_jax.fp8 import is_in_fp8
 from experiments.planning.choose import REACHED
 from experiments.planning.setup import divisors, mesh_name, refusal
-from experiments.planning.traffic import token_bytes
+from experiments.planning.traffic import plain_bytes, result_bytes, token_bytes
 from experiments.planning.weights import Weight, shards, weights
 from sharding.cost import Transfer, members_in_node, transfer_terms
 from sharding.hardware import Cluster
@@ -122,12 +122,12 @@ def sending(
 ) -> tuple[float, float]:
     """Of all layers: dispatch and combine, and the sums over the tensor axis.
 
-    Two of these a layer, behind attention and behind the feed-forward, in BF16.
+    Two of these a layer, behind attention and behind the feed-forward.
     """
     config, hardware = run.config, cluster.accelerator
     exchanges = config.num_moe_layers * exchange_seconds(run, cluster, mesh, batch)
     times = 2 * config.num_layers
-    moved = times * batch * config.model_dim * 2
+    moved = times * batch * plain_bytes(run)
     sums = Transfer("tensor sums", "all-reduce", ("tensor",), moved, times, False)
     return exchanges, transfer_terms(sums, mesh, hardware).at(REACHED[hardware.platform])
 
@@ -135,15 +135,15 @@ def sending(
 def exchange_seconds(run: Run, cluster: Cluster, mesh: Mapping[str, int], batch: float) -> float:
     """One layer's dispatch and combine: each token to the K devices of its experts and back.
 
-    FP8 codes go out with their scales where the recipe is FP8, BF16 comes back.
+    FP8 codes go out with their scales where the recipe is FP8; results come back in the format of
+    combine.
     """
     config, hardware, ranks = run.config, cluster.accelerator, mesh["expert"]
     if ranks == 1 or config.num_moe_layers == 0:
         return 0.0
-    D = config.model_dim
-    out = token_bytes(config) if run.precision.matmul == "fp8" else 2 * D
+    out = token_bytes(config) if run.precision.matmul == "fp8" else plain_bytes(run)
     inside = members_in_node(("expert",), mesh, hardware.node)
-    sent = batch * config.experts_per_token * (out + 2 * D)
+    sent = batch * config.experts_per_token * (out + result_bytes(run))
     outer, inner = sent * (ranks - inside) / ranks, sent * (inside - 1) / ranks
     reached = REACHED[hardware.platform].network
     busy = max(outer / hardware.outer.bandwidth, inner / hardware.inner.bandwidth) / reached

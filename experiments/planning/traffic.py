@@ -2,8 +2,11 @@
 
 import math
 
-from deepseek_jax.config import ModelConfig
+import jax.numpy as jnp
+
+from deepseek_jax.config import ModelConfig, Run, logfmt_bits
 from deepseek_jax.fp8 import TILE, falls_on_blocks, is_in_fp8
+from deepseek_jax.linear import DTYPES
 from experiments.planning.setup import Setup
 from experiments.planning.weights import TABLES, Weight, code_axes, shards, weights
 from sharding.cost import Transfer
@@ -93,7 +96,7 @@ def expert_transfers(setup: Setup) -> list[Transfer]:
     for name, group, rows in hop_rows(setup):
         for part, size_of_one, count in (
             (f"dispatch {name}", rows * codes, sends * times),
-            (f"combine {name}", rows * D * size, 2 * times + again),
+            (f"combine {name}", rows * result_bytes(setup.run), 2 * times + again),
             (f"choices {name}", rows * K * 4, lists * times),
         ):
             found.append(Transfer(part, "all-to-all", ("expert",), size_of_one * count, count,
@@ -126,6 +129,20 @@ def hop_rows(setup: Setup) -> list[tuple[str, tuple[int, int], int]]:
 def token_bytes(config: ModelConfig) -> int:
     """Of a token on its way to experts in FP8: codes, and exponents of scales in words of four."""
     return config.model_dim + 16 * math.ceil(config.model_dim / TILE / 16)
+
+
+def plain_bytes(run: Run) -> int:
+    """Of a token's activations as they are."""
+    return run.config.model_dim * jnp.dtype(DTYPES[run.precision.activations]).itemsize
+
+
+def result_bytes(run: Run) -> int:
+    """Of a row of an expert's results, or of its gradients, on the way back to its token."""
+    D, bits = run.config.model_dim, logfmt_bits(run.precision.combine)
+    if bits is None:
+        return plain_bytes(run)
+    # Codes, and the lowest and the highest magnitude of a tile in BF16.
+    return math.ceil(D / TILE) * (TILE * bits // 8 + 4)
 
 
 def tensor_transfers(setup: Setup) -> list[Transfer]:

@@ -32,9 +32,11 @@ def tiles_by_rows(rows: int, groups: int, n: int, k: int) -> Tiles:
 def tiles_by_contraction(rows: int, groups: int, n: int, k: int) -> Tiles:
     """Tiles for weight gradients [n, k] of so many rows in groups.
 
-    Best or within 1 % of the best of five on an H200, for 8 and 32 groups of 32,768 rows.
+    In pairs best or within 1 % of the best of five on an H200, for 8 and 32 groups of 32,768 rows;
+    of an odd number of row tiles one would be multiplied for nothing.
     """
-    return tuned.GRADIENT_TILES.get((rows // groups, n, k), Tiles(store_buffers=1))
+    rule = Tiles(store_buffers=1, pair=pl.cdiv(n, ROWS) % 2 == 0)
+    return tuned.GRADIENT_TILES.get((rows // groups, n, k), rule)
 
 
 def _num_tiles(row_tiles, columns: int, tiles) -> tuple:
@@ -43,10 +45,13 @@ def _num_tiles(row_tiles, columns: int, tiles) -> tuple:
 
 
 def _tile_at(index, num_tiles, tiles):
-    """First row tile of this block's pair, and column tile: the blocks of a pair lie one below
-    the other and share the operand of the columns, which is twice as large as that of the rows."""
+    """First row tile of this block's pair, and column tile.
+
+    The blocks of a pair lie one below the other and share the operand of the columns, which has up
+    to 256 of them where a block has 128 rows.
+    """
     pair = 2 if tiles.pair else 1
-    row, column = plgpu.planar_snake(index, num_tiles, 0, tiles.band // pair)
+    row, column = plgpu.planar_snake(index, num_tiles, 0, max(1, tiles.band // pair))
     return row * pair, column
 
 
@@ -248,7 +253,7 @@ def _mask_rows(ref, count):
 
 
 def _launch(body, name, out_type, operand_shapes, tiles, cores, interpret):
-    tiles = pipeline.narrow(tiles, out_type.shape[-1])
+    tiles = pipeline.narrow(tiles, out_type.shape[-1], tiles.columns)
     return pipeline.launch(
         body,
         name=name,

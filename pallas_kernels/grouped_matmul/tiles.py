@@ -29,6 +29,8 @@ class Tiles:
     memory_registers: ClassVar[int] = 40
 
     def __post_init__(self):
-        if self.columns % 8 or not 8 <= self.columns <= 256:
-            raise ValueError(f"{self.columns=} must be a multiple of 8 up to 256")
+        # A pair fetches the columns in halves.
+        step = 16 if self.pair else 8
+        if self.columns % step or not step <= self.columns <= 256:
+            raise ValueError(f"{self.columns=} must be a multiple of {step} up to 256")
         pipeline.check_store(self)

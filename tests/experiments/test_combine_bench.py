@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from deepseek_jax.config import Precision
+from deepseek_jax.config import COMBINE, Precision
 from experiments.bench import combine
+from experiments.planning.traffic import result_bytes
 from experiments.recipes import deepseek_v3
 from tests.experiments import runs
 
@@ -20,6 +21,14 @@ def test_bytes_of_a_row_of_v3():
     assert found == [14336, 7168 + 224, 8960 + 224]
     fp32 = dataclasses.replace(run, precision=Precision())
     assert combine.token_bytes(fp32, "bf16") == 4 * 7168
+
+
+def test_a_plan_counts_the_bytes_that_results_travel_in():
+    run = deepseek_v3()
+    for precision in (run.precision, Precision(), Precision.of("bf16")):
+        for name in COMBINE:
+            made = dataclasses.replace(run, precision=dataclasses.replace(precision, combine=name))
+            assert result_bytes(made) == combine.token_bytes(made, name)
 
 
 def test_a_row_compares_the_last_losses():

@@ -171,7 +171,7 @@ def test_times_are_those_of_the_calls_without_the_flush(monkeypatch):
     # Where a recording lost a flush, each call is measured by itself.
     monkeypatch.setattr(timer, "_spans", lambda calls: [])
     assert timer.compare({"a": call, "b": twice}) == {"a": 1500.0, "b": 3000.0}
-    with pytest.raises(RuntimeError, match="CUPTI saw 0 kernels"):
+    with pytest.raises(RuntimeError, match="CUPTI saw no kernel"):
         timer.measure(kernel_time.Call(lambda: None))
 
 
