@@ -12,10 +12,10 @@ import tyro
 
 from experiments import plots
 from experiments.display import duration
+from experiments.files import whole
 from experiments.plots import FIRST, SECOND, Curve, short
 from experiments.records import Records, read_records
 from experiments.report_style import CSS
-from experiments.tables import whole
 
 # Heat maps are drawn for at most this many layers.
 LAYERS = 8

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_jax.config import Run, differing_fields, from_json
+from experiments.files import whole
 from experiments.records import metrics_lines
-from experiments.tables import plain, whole, write_json
+from experiments.tables import plain, write_json
 
 # May differ when a run goes on: they do not change the numbers of a step.
 FREE_ON_RESUME = ("steps", "checkpoint_every", "keep_checkpoints", "max_skipped")

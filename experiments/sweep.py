@@ -14,6 +14,7 @@ import tyro
 
 from deepseek_jax.config import Precision, Run, Schedule
 from experiments.bench.children import devices_of_host
+from experiments.files import whole
 from experiments.planning import targets
 from experiments.planning.choose import REACHED, Candidate, candidates, prediction
 from experiments.planning.compare import compared
@@ -24,7 +25,7 @@ from experiments.planning.notes import Notes
 from experiments.planning.picture import Point, draw
 from experiments.planning.setup import mesh_name
 from experiments.recipes import recipe
-from experiments.tables import print_table, whole, write_json
+from experiments.tables import print_table, write_json
 from sharding.cost import Reached
 from sharding.hardware import Cluster, cluster
 

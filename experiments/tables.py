@@ -1,10 +1,8 @@
 """One table, printed for a person and written as JSON for a program."""
 
-import contextlib
 import json
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,8 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
+
+from experiments.files import whole
 
 Row = Mapping[str, Any]
 
@@ -82,18 +82,3 @@ def write_json(path: Path, value: Any) -> None:
     """Write the value so that the file is whole or absent."""
     with whole(path) as partial:
         partial.write_text(json.dumps(plain(value), indent=2) + "\n")
-
-
-@contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write, which takes its place in the end: whole, or not at all.
-
-    Only a killed process leaves it behind, hidden and with its number.
-    """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -7,9 +7,10 @@ from pathlib import Path
 from experiments.claims.claim import DISAGREES, Result
 from experiments.claims.figures import figures
 from experiments.claims.table import SUBJECTS
+from experiments.files import whole
 from experiments.report import card, section
 from experiments.report_style import CSS
-from experiments.tables import show, whole
+from experiments.tables import show
 
 STYLE = """
 .claims { overflow-x: auto; }

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.data.corpus import Corpus
-from experiments.tables import whole
+from experiments.files import whole
 
 # V3's names; \uff5c is its full-width bar, \u2581 its blank.
 END_OF_SENTENCE = "<\uff5cend\u2581of\u2581sentence\uff5c>"
