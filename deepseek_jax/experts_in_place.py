@@ -146,13 +146,20 @@ def ffn_with_shared(
 
 def _chosen_in_blocks(x_TD, expert_TK, weight_TK, weights):
     (T, K), E = expert_TK.shape, weights[0].shape[0]
-    R = BLOCK_ROWS if T * K >= E else 1
-    rows = plan_rows(expert_TK, E, R)
-    sizes_E, M = rows.group_sizes_E, rows.slot_M.shape[0]
-    expert_b = group_of_block(sizes_E, num_blocks=M // R, alignment=R)
-    x_bRD = gather_rows(x_TD, rows).reshape(M // R, R, -1)
-    # Those of padding rows count for nothing: no token sums these.
-    weight_b1R = weight_TK.reshape(T * K)[jnp.maximum(rows.slot_M, 0)].reshape(M // R, 1, R)
+    if T * K < E:
+        # Hardly two choose alike: each choice is a block, in their order.
+        expert_b, num_blocks = expert_TK.reshape(-1), T * K
+        x_bRD = jnp.repeat(x_TD, K, axis=0)[:, None]
+        weight_b1R = weight_TK.reshape(-1, 1, 1)
+    else:
+        R = BLOCK_ROWS
+        rows = plan_rows(expert_TK, E, R)
+        sizes_E, M = rows.group_sizes_E, rows.slot_M.shape[0]
+        expert_b = group_of_block(sizes_E, num_blocks=M // R, alignment=R)
+        num_blocks = jnp.sum(padded_sizes(sizes_E, R)) // R
+        x_bRD = gather_rows(x_TD, rows).reshape(M // R, R, -1)
+        # Those of padding rows count for nothing: no token sums these.
+        weight_b1R = weight_TK.reshape(T * K)[jnp.maximum(rows.slot_M, 0)].reshape(M // R, 1, R)
     product = functools.partial(weight_first, "RK,NK->NR")
 
     def block(b, y_bDR):
@@ -163,6 +170,8 @@ def _chosen_in_blocks(x_TD, expert_TK, weight_TK, weights):
         y_DR = product(hidden_FR.T, w_down)
         return jax.lax.dynamic_update_index_in_dim(y_bDR, y_DR, b, 0)
 
-    num_blocks = jnp.sum(padded_sizes(sizes_E, R)) // R
-    y_bDR = jax.lax.fori_loop(0, num_blocks, block, empty((M // R, x_TD.shape[1], R), x_TD))
-    return gather_sum(y_bDR.swapaxes(1, 2).reshape(M, -1), rows.row_TK)
+    b, R, D = x_bRD.shape
+    y_bDR = jax.lax.fori_loop(0, num_blocks, block, empty((b, D, R), x_TD))
+    if T * K < E:
+        return jnp.sum(y_bDR.reshape(T, K, D), axis=1)
+    return gather_sum(y_bDR.swapaxes(1, 2).reshape(b * R, D), rows.row_TK)
