@@ -8,7 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from deepseek_jax import fp8
-from deepseek_jax.config import logfmt_bits
+from deepseek_jax.config import COMBINE, logfmt_bits
 from deepseek_jax.fp8 import Quantized, QuantizedWeight
 from deepseek_jax.swiglu import gated_ffn_fp8, swiglu
 from pallas_kernels.grouped_matmul.api import grouped_matmul
@@ -76,6 +76,8 @@ _send_codes.defvjp(_send_codes_fwd, _send_codes_bwd)
 @functools.cache
 def results_format(combine: str) -> Results:
     """How results go back: as they are, or in LogFMT of so many bits, rounded at every hop."""
+    if combine not in COMBINE:
+        raise ValueError(f"{combine=} must be one of {', '.join(COMBINE)}")
     bits = logfmt_bits(combine)
     if bits is None:
         return as_they_are

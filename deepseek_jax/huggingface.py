@@ -5,8 +5,6 @@ the host holds no more than that.
 """
 
 import dataclasses
-import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -18,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from deepseek_jax.complete_folder import complete_folder, write_json
 from deepseek_jax.config import Precision
 from deepseek_jax.huggingface_blocks import E4M3, dequantize, quantize
 from deepseek_jax.huggingface_checkpoint import (
@@ -147,69 +146,6 @@ def save_huggingface(
         write_index(folder, shards)
 
 
-def check_absent(path: Path) -> None:
-    """Raises ValueError where a folder to be written is there already."""
-    if path.exists():
-        raise ValueError(f"{path} exists already: name another folder")
-
-
-class complete_folder:
-    """A folder that gets its name when the block ends well, and is removed when it does not.
-
-    With a plan (of JSON values) what a killed process left of the same plan is kept, to go on
-    with; an error then leaves it, too.
-    """
-
-    def __init__(self, path: Path, *, plan: object = None):
-        check_absent(path)
-        self._path, self._plan = path, plan
-        self._partial = path.with_name(f".{path.name}.partial")
-        self._record = self._partial / "plan.json"
-
-    def __enter__(self) -> Path:
-        self._hold()
-        if not self._begun():
-            for left in self._partial.iterdir():
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-            if self._plan is not None:
-                write_json(self._record, self._plan)
-        return self._partial
-
-    def _hold(self) -> None:
-        """Keeps other processes from writing the same folder as long as this one lives."""
-        self._partial.mkdir(parents=True, exist_ok=True)
-        self._held = os.open(self._partial, os.O_RDONLY)
-        try:
-            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            check_absent(self._path)  # another may just have ended
-        except BlockingIOError as error:
-            os.close(self._held)
-            raise ValueError(
-                f"another process writes {self._path} now: wait for it, or name another folder"
-            ) from error
-        except OSError:
-            pass  # a file system that knows no locks
-        except ValueError:
-            os.close(self._held)
-            raise
-
-    def _begun(self) -> bool:
-        if self._plan is None or not self._record.is_file():
-            return False
-        try:
-            return json.loads(self._record.read_text()) == self._plan
-        except ValueError:
-            return False
-
-    def __exit__(self, kind, error, trace) -> None:
-        if kind is None:
-            self._record.unlink(missing_ok=True)
-            os.replace(self._partial, self._path)
-        elif self._plan is None:
-            shutil.rmtree(self._partial, ignore_errors=True)
-        os.close(self._held)
-
-
 def specs_of(entry: Entry, format: Format) -> list[Spec]:
     """What an entry is written as: one tensor, or codes and scales."""
     if entry.array.endswith("bias_E"):
@@ -281,7 +217,3 @@ def write_index(folder: Path, shards: dict[str, list[Spec]]) -> None:
     size = sum(spec.num_bytes for specs in shards.values() for spec in specs)
     weight_map = {spec.name: file for file, specs in shards.items() for spec in specs}
     write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
-
-
-def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")

@@ -17,6 +17,13 @@ FAMILIES = {
     "glm4_moe_lite": "sigmoid",  # GLM-4.7-Flash
     "deepseek_v2": "softmax",  # V2, V2-Lite
 }
+# score -> how experts may be chosen by it: first the way where none is named, last that by groups.
+METHODS = {"sigmoid": ("noaux_tc",), "softmax": ("greedy", "group_limited_greedy")}
+# score -> model type and class of what is written.
+WRITTEN = {
+    "sigmoid": ("deepseek_v3", "DeepseekV3ForCausalLM"),
+    "softmax": ("deepseek_v2", "DeepseekV2ForCausalLM"),
+}
 # Whose groups of experts a config.json must name: readers' defaults for it differ.
 GROUPED = ("deepseek_v3",)
 # Our field and theirs, where nothing has to be converted.
@@ -161,9 +168,8 @@ def _router(record: dict[str, Any], score: str) -> dict[str, Any]:
         raise ValueError(
             f"config.json: scoring_func={named!r} must be {score!r} in {record['model_type']}"
         )
-    method = record.get("topk_method") or ("noaux_tc" if score == "sigmoid" else "greedy")
-    grouped = {"noaux_tc": True, "group_limited_greedy": True, "greedy": False}
-    if method not in grouped or (method == "noaux_tc") != (score == "sigmoid"):
+    method = record.get("topk_method") or METHODS[score][0]
+    if method not in METHODS[score]:
         raise ValueError(f"config.json: {method=} is no way to choose experts by {score}")
     if record["model_type"] in GROUPED:
         for field in ("n_group", "topk_group"):
@@ -176,10 +182,10 @@ def _router(record: dict[str, Any], score: str) -> dict[str, Any]:
     kept = record.get("topk_group") or groups
     return {
         "score": score,
-        "num_groups": groups if grouped[method] else 1,
-        "groups_per_token": kept if grouped[method] else 1,
+        "num_groups": 1 if method == "greedy" else groups,
+        "groups_per_token": 1 if method == "greedy" else kept,
         # The models of V2 leave the weights as they are whatever norm_topk_prob says.
-        "normalize_weights": normalize and score == "sigmoid",
+        "normalize_weights": normalize and score != "softmax",
     }
 
 
@@ -278,8 +284,8 @@ def check_quantization(record: dict[str, Any]) -> bool:
 
 def config_record(config: ModelConfig, *, format: str) -> dict[str, Any]:
     """config.json of a model, in the notation that all versions of transformers read."""
-    sigmoid = config.score == "sigmoid"
-    if not sigmoid and config.normalize_weights:
+    model_type, architecture = WRITTEN[config.score]
+    if config.score == "softmax" and config.normalize_weights:
         raise ValueError(
             "a softmax router with normalize_weights=True has no model type in transformers"
         )
@@ -289,13 +295,13 @@ def config_record(config: ModelConfig, *, format: str) -> dict[str, Any]:
             "no field for it"
         )
     record = {
-        "architectures": ["DeepseekV3ForCausalLM" if sigmoid else "DeepseekV2ForCausalLM"],
+        "architectures": [architecture],
         "attention_bias": False,
         "attention_dropout": 0.0,
         "first_k_dense_replace": config.num_dense_layers,
         "hidden_act": "silu",
         "initializer_range": config.init_std,
-        "model_type": "deepseek_v3" if sigmoid else "deepseek_v2",
+        "model_type": model_type,
         "moe_layer_freq": 1,
         "n_group": config.num_groups,
         "norm_topk_prob": config.normalize_weights,
@@ -306,7 +312,7 @@ def config_record(config: ModelConfig, *, format: str) -> dict[str, Any]:
         "scoring_func": config.score,
         "tie_word_embeddings": False,
         "topk_group": config.groups_per_token,
-        "topk_method": "noaux_tc" if sigmoid else "group_limited_greedy",
+        "topk_method": METHODS[config.score][-1],
         "torch_dtype": "float32" if format == "fp32" else "bfloat16",
     }
     record |= {theirs: getattr(config, ours) for ours, theirs in SIZES.items()}

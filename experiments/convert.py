@@ -13,15 +13,8 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from deepseek_jax.huggingface import (
-    STORED,
-    check_absent,
-    complete_folder,
-    plan_shards,
-    save_huggingface,
-    write_index,
-    write_json,
-)
+from deepseek_jax.complete_folder import check_absent, complete_folder, write_json
+from deepseek_jax.huggingface import STORED, plan_shards, save_huggingface, write_index
 from deepseek_jax.huggingface_blocks import dequantize, is_finite, quantize
 from deepseek_jax.huggingface_checkpoint import INDEX, SCALE, Checkpoint, open_checkpoint
 from deepseek_jax.huggingface_config import QUANTIZATION, tied

@@ -17,15 +17,14 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from deepseek_jax import configs
 from deepseek_jax.config import Precision, Run, Schedule
 from deepseek_jax.counts import param_counts, train_flops_per_token
-from deepseek_jax.linear import DTYPES
 from deepseek_jax.training import TrainState, abstract_state, join, loss_and_aux
 from experiments import program, tables
 from experiments.command_line import unknown
-from experiments.planning.setup import named_sizes, refusal
+from experiments.planning.setup import itemsize, named_sizes, refusal
 from experiments.program import ATTENTION, LAYOUT, PRODUCTS, Op
 from experiments.recipes import RECIPES
 from experiments.tables import print_table, write_json
-from sharding import AXES
+from sharding.mesh import AXES, all_axes
 from sharding.rules import STORE, letters_of, weight_spec
 
 # Operations listed one by one; the others are elementwise and are added up.
@@ -70,7 +69,7 @@ def explain(args: ExplainArgs) -> None:
     """Prints parameters, operations, a summary by part, and totals."""
     run = run_of(args)
     mesh = mesh_sizes(args.mesh)
-    reason = refusal(run, {axis: mesh.get(axis, 1) for axis in AXES})
+    reason = refusal(run, all_axes(mesh))
     if reason is not None:
         raise ValueError(f"--mesh {' '.join(args.mesh)}: {reason}")
     state = abstract_state(run)
@@ -118,7 +117,7 @@ def run_of(args: ExplainArgs) -> Run:
 def mesh_sizes(words: Iterable[str]) -> dict[str, int]:
     """{"fsdp": 8} of ("fsdp=8",), in the order of AXES; axes of size 1 are left out."""
     sizes = named_sizes(",".join(words)) if words else {}
-    return {axis: sizes[axis] for axis in AXES if sizes.get(axis, 1) > 1}
+    return {axis: size for axis, size in all_axes(sizes).items() if size > 1}
 
 
 def sequence_loss(run: Run) -> Callable:
@@ -179,13 +178,13 @@ def parameter_rows(
     """One row for each parameter and routing bias."""
     users = program.uses(ops)
     arguments = {"params": state.params, "biases": state.biases}
-    moment = jnp.dtype(DTYPES[run.precision.moments]).itemsize
+    moment = itemsize(run.precision.moments)
     rows = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(arguments):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         used, trained = users.get(name, []), name.startswith("params.")
         products = [op for op in used if op.name in PRODUCTS]
-        spec = weight_spec(path[-1].key, leaf.shape, STORE, mesh or dict.fromkeys(AXES, 1))
+        spec = weight_spec(path[-1].key, leaf.shape, STORE, mesh or all_axes({}))
         num_bytes = leaf.size * leaf.dtype.itemsize
         shards = math.prod(mesh.get(axis, 1) for axis in axes_of(spec))
         row = {

@@ -1,9 +1,11 @@
-"""Files that are whole or absent."""
+"""Files that are whole or absent, and lines that are."""
 
 import contextlib
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -19,3 +21,24 @@ def whole(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def json_lines(path: Path, read: Callable, mend: str) -> Iterator[tuple[Any, int]]:
+    """What `read` makes of the JSON value of each line, and where the line ends in the file.
+
+    A last line that was cut off is left out: its process was killed while it wrote.
+
+    Args:
+      mend: what can be done about a line that is damaged otherwise.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                found = read(json.loads(line))
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"{path} is damaged in line {number}: {mend}") from error
+            yield found, file.tell()

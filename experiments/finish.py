@@ -30,7 +30,7 @@ def finish(
 ) -> None:
     """Scores the validation text, samples, writes the summary and the report."""
     # Of all steps, those before an interruption included.
-    seconds = sum(line["seconds"] for line in metrics_lines(directory.metrics))
+    seconds = sum(line["seconds"] for line, _ in metrics_lines(directory.metrics))
     summary: dict[str, Any] = {
         "steps": int(state.step),
         "tokens": run.position_at(run.steps) * run.seq_len,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 PROCESS = "DEEPSEEK_JAX_PROCESS"
 # Set by whoever starts hosts: "host:port" of the first one, and how many there are.
 COORDINATOR, COUNT = "DEEPSEEK_JAX_COORDINATOR", "DEEPSEEK_JAX_PROCESSES"
+PORT = 20000  # of a job's coordinator; jobs of Slurm, which may share a host, spread above it
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def group(processes: int | None) -> list[Place]:
         count = int(variables["SLURM_STEP_NUM_TASKS"])
         if len(hosts) != count:
             raise ValueError(f"srun started {count} tasks on {len(hosts)} nodes: use one a node")
-        port = 20000 + int(variables.get("SLURM_JOB_ID", 0)) % 20000
+        port = PORT + int(variables.get("SLURM_JOB_ID", 0)) % 20000
         return [Place(int(variables["SLURM_PROCID"]), count, f"{hosts[0]}:{port}", tuple(hosts))]
     if int(variables.get(COUNT, 1)) > 1:
         count = int(variables[COUNT])
@@ -107,12 +108,17 @@ def numbers_of(ranges: str) -> list[str]:
     return numbers
 
 
+def meeting_port(port: int) -> int:
+    """Where processes meet before there is a coordinator at `port`."""
+    return port + 1
+
+
 def free_port() -> int:
-    """A port of which the next one is free too."""
+    """A port for a coordinator: the one to meet at is free too."""
     while True:
         with socket.socket() as one, socket.socket() as two:
             one.bind(("127.0.0.1", 0))
             port = one.getsockname()[1]
             with contextlib.suppress(OSError):
-                two.bind(("127.0.0.1", port + 1))
+                two.bind(("127.0.0.1", meeting_port(port)))
                 return port

@@ -34,7 +34,7 @@ from experiments.recipes import recipe
 from experiments.run_directory import RunDirectory, check_unchanged, hash_of
 from experiments.submit import submit
 from experiments.train import Stopped, batch_source, first_state, model_summary, train
-from sharding.mesh import AXES
+from sharding.mesh import all_axes
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def check_submitted(args: LaunchArgs) -> None:
     if args.mesh is not None:
         count = args.nodes * (args.devices_per_node or 0)
         sizes = mesh_of(args.mesh, count) if count else named_sizes(args.mesh)
-        check_mesh(run, {axis: sizes.get(axis, 1) for axis in AXES}, run.micro_batch)
+        check_mesh(run, all_axes(sizes), run.micro_batch)
 
 
 def run_here(args: LaunchArgs, aside: Path) -> None:

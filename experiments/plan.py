@@ -25,8 +25,6 @@ from sharding.cost import Prediction
 from sharding.hardware import Cluster, cluster
 
 GIB = 2**30
-# Of models that decode longer texts than those of their recipe, which is of pretraining alone.
-SERVED = {"deepseek_v3": configs.deepseek_v3().max_length}
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,9 @@ def check_used(args: PlanArgs) -> None:
 
 def context_of(args: PlanArgs, run: Run) -> int:
     """Tokens in a request's cache, no more than the model takes."""
-    most = SERVED.get(args.recipe.replace("-", "_"), run.config.max_length)
+    # A recipe may be of pretraining alone: the released model of its name takes longer texts.
+    config = configs.NAMED.get(args.recipe.replace("-", "_"), lambda: run.config)()
+    most = config.max_length
     if args.context is not None and args.context > most:
         raise ValueError(
             f"--context {args.context} must be at most {most}, the max_length of {args.recipe}"

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from experiments.hosts import Place
+from experiments.hosts import Place, meeting_port
 from experiments.supervision import end_with_parent
 
 HEARTBEAT = 20  # seconds without a sign of life after which a process counts as lost
@@ -50,13 +50,14 @@ def meet(place: Place, seconds: float | None = None) -> list[str]:
     """Waits for all processes and returns the names of their hosts."""
     seconds = arrival() if seconds is None else seconds
     host, _, port = place.coordinator.rpartition(":")
+    port = meeting_port(int(port))
     own = f"{socket.gethostname()} (pid {os.getpid()})"
     deadline = time.monotonic() + seconds
     if place.index == 0:
-        return _receive(place, int(port) + 1, own, seconds)
+        return _receive(place, port, own, seconds)
     while True:
         try:
-            with socket.create_connection((host, int(port) + 1), timeout=2) as link:
+            with socket.create_connection((host, port), timeout=2) as link:
                 link.sendall(json.dumps([place.index, own]).encode() + b"\n")
                 link.settimeout(seconds + LISTENING)
                 with link.makefile() as lines:

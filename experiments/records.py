@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from experiments.files import json_lines
+
 # Scalars read from every line of metrics.jsonl.
 SCALARS = (
     "tokens loss mtp_loss bits_per_byte learning_rate grad_norm busiest_over_mean skipped seconds "
@@ -42,7 +44,7 @@ def read_records(run_dir: Path) -> Records:
         raise ValueError(f"{run_dir} holds no config.json: name the folder of a run")
     config = read_object(run_dir / "config.json", "name the folder of a run that is whole")
     # A step written twice, before a crash and after the resume, counts once.
-    lines = {line["step"]: line for line in metrics_lines(run_dir / "metrics.jsonl")}
+    lines = {line["step"]: line for line, _ in metrics_lines(run_dir / "metrics.jsonl")}
     steps = sorted(lines)
     scalars = {name: floats(lines[step].get(name) for step in steps) for name in SCALARS}
     with_load = [step for step in steps if lines[step].get("expert_load_LE")]
@@ -76,22 +78,10 @@ def read_object(path: Path, mend: str) -> dict[str, Any]:
     return found
 
 
-def metrics_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line that was cut off is left out."""
-    if not path.is_file():
-        return
-    with path.open(errors="replace") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith("\n"):
-                return
-            try:
-                entry = json.loads(line)
-                _ = entry["step"]
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(
-                    f"{path} is damaged in line {number}: delete that line, which is of one step"
-                ) from error
-            yield entry
+def metrics_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """The whole lines of metrics.jsonl, and where each ends."""
+    of_a_step = lambda entry: {"step": entry["step"], **entry}
+    return json_lines(path, of_a_step, "delete that line, which is of one step")
 
 
 def floats(values: Iterable[float | None]) -> np.ndarray:

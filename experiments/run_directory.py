@@ -1,7 +1,6 @@
 """What a run leaves on disk: the files of its directory and how they are read back."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -9,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from deepseek_jax.complete_folder import lock
 from deepseek_jax.config import Run, differing_fields, from_json
 from experiments.files import whole
-from experiments.records import metrics_lines
+from experiments.records import metrics_lines, read_object
 from experiments.tables import plain, write_json
 
 # May differ when a run goes on: they do not change the numbers of a step.
@@ -63,21 +63,14 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             path = self.path / ".lock"
-            lock = path.open("a")
+            file = path.open("a")
         except OSError as error:
             raise ValueError(
                 f"run path {self.path} cannot be written ({error.strerror}): name another --run"
             ) from error
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ValueError(
-                    f"another launch trains into {self.path} now: wait for it, or name another "
-                    "--run"
-                ) from error
-            except OSError:
-                pass  # a file system that knows no locks
+        with file:
+            lock(file, f"another launch trains into {self.path} now: wait for it, or name another "
+                       "--run")  # fmt: skip
             try:
                 yield
             finally:
@@ -104,7 +97,7 @@ class RunDirectory:
         metrics = self.path / "metrics.jsonl"
         # The first checkpoint is whole at the latest when the second one has begun, which is after
         # its step is recorded.
-        steps = max((line["step"] for line in metrics_lines(metrics)), default=0)
+        steps = max((line["step"] for line, _ in metrics_lines(metrics)), default=0)
         every = self.read_run().checkpoint_every
         saved = steps > 2 * every or (self.path / "summary.json").exists()
         if step is None and saved:
@@ -127,11 +120,8 @@ class RunDirectory:
                 f"{self.path} is not the directory of a run (it has no config.json): name one "
                 "that launch has made"
             )
-        try:
-            found = json.loads(record.read_text())
-            missing = [field for field in RECORD if field not in found]
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{record} is damaged ({error}): {LOST}") from error
+        found = read_object(record, LOST)
+        missing = [field for field in RECORD if field not in found]
         if "model_type" in found and missing:
             raise ValueError(
                 f"{self.path} is a checkpoint of released weights, not the directory of a run: "
@@ -200,20 +190,15 @@ class MetricsLog:
     """metrics.jsonl: one JSON object per step, cut back to the step that a run resumes from."""
 
     def __init__(self, path: Path, *, resume_step: int):
-        kept = []
-        if path.exists():
-            for line in path.read_bytes().splitlines():
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    break  # the process was killed while it wrote this line
-                if entry["step"] > resume_step:
-                    break
-                kept.append(line + b"\n")
+        kept = 0
+        for entry, end in metrics_lines(path):
+            if entry["step"] > resume_step:
+                break
+            kept = end
         self._path = path
-        with writing(path), whole(path) as partial:
-            partial.write_bytes(b"".join(kept))
-        self._file = path.open("a")
+        with writing(path):
+            self._file = path.open("a")
+            self._file.truncate(kept)
 
     def write(self, entry: dict[str, Any]) -> None:
         with writing(self._path):

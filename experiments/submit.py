@@ -7,12 +7,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.hosts import COORDINATOR, COUNT
+from experiments.hosts import COORDINATOR, COUNT, PORT, meeting_port
 from experiments.processes import ARRIVAL
 
 # Words of the command line that say how to submit, not what to run, and whether a value follows.
 OWN = {"--submit": True, "--nodes": True, "--image": True, "--volume": True, "--dry-run": False}
-PORT = 20000
 # Seconds that pods have to meet: some pull the image while others run.
 PULLING = 1200
 
@@ -133,7 +132,7 @@ spec:
                   value: "{PULLING}"
                 ports:
                 - containerPort: {PORT}
-                - containerPort: {PORT + 1}{container}{volumes}
+                - containerPort: {meeting_port(PORT)}{container}{volumes}
 """
 
 

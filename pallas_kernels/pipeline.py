@@ -62,9 +62,14 @@ def shared_by_pair(tiles) -> dict[str, str]:
     return {"collective_axes": "pair"} if tiles.pair else {}
 
 
+def pair_size(tiles) -> int:
+    """Blocks of a pair; one without pairs."""
+    return 2 if tiles.pair else 1
+
+
 def pair_width(tiles) -> int:
     """Columns of a pair whose blocks lie side by side; of a block without pairs."""
-    return tiles.columns * (2 if tiles.pair else 1)
+    return tiles.columns * pair_size(tiles)
 
 
 def column_pairs(columns: int, tiles) -> int:
@@ -75,7 +80,7 @@ def column_pairs(columns: int, tiles) -> int:
 def tile_at(index, row_tiles, pairs, tiles, minor: int):
     """Row tile and column tile of this block: bands along one dimension, snaking, for the L2."""
     row, pair = plgpu.planar_snake(index, (row_tiles, pairs), minor, tiles.band)
-    return row, pair * (2 if tiles.pair else 1) + lax.axis_index("pair")
+    return row, pair * pair_size(tiles) + lax.axis_index("pair")
 
 
 def specialise(memory: Callable, compute: Callable, free, tiles):
@@ -182,7 +187,7 @@ def launch(
       store_type: of the array that is written.
       arrivals: copies that fill a stage.
     """
-    pair = 2 if tiles.pair else 1
+    pair = pair_size(tiles)
     store_buffers = plgpu.SMEM(
         (tiles.warpgroups, tiles.store_buffers, 64, tiles.store_columns),
         store_type.dtype,

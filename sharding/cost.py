@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from sharding.hardware import Accelerator
-from sharding.mesh import AXES
+from sharding.mesh import AXES, all_axes
 from sharding.network import groups
 from sharding.network.latency import INFINIBAND
 
@@ -118,12 +118,12 @@ def members_in_node(axes: Sequence[str], mesh: Mapping[str, int], node: int) -> 
     Nodes are runs of `node` neighbours in the order of the mesh, so this counts the members
     whose distance from the first is less than a node.
     """
-    return _members_in_node(tuple(axes), tuple(mesh.get(axis, 1) for axis in AXES), node)
+    return _members_in_node(tuple(axes), tuple(all_axes(mesh).values()), node)
 
 
 def _dimensions(transfer: Transfer, mesh: Mapping[str, int]) -> list[tuple[int, bool]]:
     """Sizes of the mesh in its order, and whether the devices of a group differ there."""
-    found = [(mesh.get(axis, 1), axis in transfer.axes) for axis in AXES]
+    found = [(size, axis in transfer.axes) for axis, size in all_axes(mesh).items()]
     if transfer.group is not None and transfer.group[1] == 1:
         # The hop between nodes: members are as far apart as a node has ranks of the axis.
         place, size = AXES.index(transfer.axes[0]), transfer.group[0]

@@ -12,6 +12,11 @@ from jax.sharding import AxisType, Mesh
 AXES = ("data", "fsdp", "expert", "tensor")
 
 
+def all_axes(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Sizes of all axes in the order of AXES: 1 for those that are not named."""
+    return {axis: sizes.get(axis, 1) for axis in AXES}
+
+
 def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh:
     """A mesh over `devices` (all of them by default) with every axis of AXES, size 1 ones kept.
 
@@ -34,7 +39,7 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh
         raise ValueError(
             f"mesh {shape} needs {math.prod(sizes.values())} devices, there are {len(devices)}"
         )
-    shape = tuple(sizes.get(axis, 1) for axis in AXES)
+    shape = tuple(all_axes(sizes).values())
     return Mesh(
         np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES)
     )

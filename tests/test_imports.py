@@ -25,7 +25,7 @@ MAY_IMPORT = {
 ORDER = (
     "config configs e5m6 fp8 stored few_rows linear swiglu layers rope latent_cache "
     "attention experts experts_in_place moe residual block mtp model counts loss optimizer "
-    "training sampling drafting decoding generate tensor_files huggingface_blocks "
+    "training sampling drafting decoding generate complete_folder tensor_files huggingface_blocks "
     "huggingface_config huggingface_names huggingface_checkpoint huggingface checkpoint"
 ).split()
 # Inside an op folder: reference and hopper may share small files, api chooses between them.

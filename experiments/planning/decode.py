@@ -14,12 +14,12 @@ from typing import Any
 from deepseek_jax.config import Run
 from deepseek_jax.fp8 import is_in_fp8
 from experiments.planning.choose import REACHED
-from experiments.planning.setup import divisors, mesh_name, refusal
+from experiments.planning.setup import divisors, itemsize, mesh_name, refusal
 from experiments.planning.traffic import plain_bytes, result_bytes, token_bytes
 from experiments.planning.weights import Weight, shards, weights
 from sharding.cost import Transfer, members_in_node, transfer_terms
 from sharding.hardware import Cluster
-from sharding.mesh import AXES
+from sharding.mesh import all_axes
 from sharding.rules import is_router
 
 GIB = 2**30
@@ -28,15 +28,14 @@ GIB = 2**30
 def decode_mesh(run: Run, cluster: Cluster) -> dict[str, int]:
     """The experts spread as far as they go, the rest copies."""
     ways = [n for n in divisors(cluster.devices) if run.config.num_experts % n == 0]
-    sizes = {"expert": max(ways), "data": cluster.devices // max(ways)}
-    return {axis: sizes.get(axis, 1) for axis in AXES}
+    return all_axes({"expert": max(ways), "data": cluster.devices // max(ways)})
 
 
 def weight_bytes(weight: Weight, run: Run) -> float:
     """Bytes of a weight's element: FP8 codes and scales of blocks where the recipe has them."""
     if run.precision.matmul == "fp8" and is_in_fp8(weight.leaf):
         return 1 + 4 / 128**2
-    return 4 if run.precision.activations == "fp32" or is_router(weight.leaf) else 2
+    return 4 if is_router(weight.leaf) else itemsize(run.precision.activations)
 
 
 def decode_rows(

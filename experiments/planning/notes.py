@@ -3,7 +3,9 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
+from experiments.files import json_lines
 from experiments.planning.setup import Setup
 
 
@@ -18,22 +20,13 @@ class Notes:
             self._read()
 
     def _read(self) -> None:
-        """What is there; a last line that was cut off is left out, and cut off in the file too."""
-        if not self._path.exists():
-            return
-        text = self._path.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]
-        if whole != text:
-            os.truncate(self._path, len(whole))
-        for number, line in enumerate(whole.decode(errors="replace").splitlines(), start=1):
-            try:
-                kind, name, value = json.loads(line)
-                self._found[kind, name] = dict(value)
-            except (ValueError, TypeError) as error:
-                raise ValueError(
-                    f"{self._path} is damaged in line {number}: delete that line, or name another "
-                    "--out"
-                ) from error
+        """What is there; a last line that was cut off is removed, for the next to begin anew."""
+        kept, mend = 0, "delete that line, or name another --out"
+        for (kind, name, value), end in json_lines(self._path, note, mend):
+            self._found[kind, name] = value
+            kept = end
+        if self._path.exists():
+            os.truncate(self._path, kept)
 
     def get(self, kind: str, setup: Setup) -> dict | None:
         return self._found.get((kind, key(setup)))
@@ -43,6 +36,12 @@ class Notes:
         if self._path is not None:
             with open(self._path, "a") as file:
                 file.write(json.dumps([kind, key(setup), value]) + "\n")
+
+
+def note(line: Any) -> tuple[str, str, dict]:
+    """A line of the file: of what kind, of which setup, and the value."""
+    kind, name, value = line
+    return kind, name, dict(value)
 
 
 def key(setup: Setup) -> str:

@@ -11,7 +11,7 @@ from deepseek_jax.block import REMAT
 from deepseek_jax.config import Run, Schedule
 from deepseek_jax.linear import DTYPES
 from sharding.hardware import Cluster
-from sharding.mesh import AXES, expert_nodes
+from sharding.mesh import AXES, all_axes, expert_nodes
 from sharding.placement import Scheme
 from sharding.rules import BATCH_AXES
 
@@ -58,7 +58,7 @@ class Setup:
     @property
     def itemsize(self) -> int:
         """Bytes of an activation's element."""
-        return jnp.dtype(DTYPES[self.run.precision.activations]).itemsize
+        return itemsize(self.run.precision.activations)
 
     @property
     def is_fp8(self) -> bool:
@@ -68,6 +68,11 @@ class Setup:
     def name(self) -> str:
         shape = mesh_name(self.mesh)
         return f"{shape} zero={self.scheme.zero} micro-batch={self.sequences} {self.run.remat}"
+
+
+def itemsize(format: str) -> int:
+    """Bytes of an element in "fp32" or "bf16"."""
+    return jnp.dtype(DTYPES[format]).itemsize
 
 
 def mesh_name(mesh: Mapping[str, int]) -> str:
@@ -100,7 +105,7 @@ def mesh_of(words: str, devices: int) -> dict[str, int]:
         raise ValueError(
             f"mesh {words} makes {math.prod(sizes.values())} devices, and there are {devices}"
         )
-    return {axis: sizes.get(axis, 1) for axis in AXES}
+    return all_axes(sizes)
 
 
 def refusal(run: Run, mesh: Mapping[str, int]) -> str | None:

@@ -2,12 +2,9 @@
 
 import math
 
-import jax.numpy as jnp
-
 from deepseek_jax.config import ModelConfig, Run, logfmt_bits
 from deepseek_jax.fp8 import TILE, falls_on_blocks, is_in_fp8
-from deepseek_jax.linear import DTYPES
-from experiments.planning.setup import Setup
+from experiments.planning.setup import Setup, itemsize
 from experiments.planning.weights import TABLES, Weight, code_axes, shards, weights
 from sharding.cost import Transfer
 from sharding.exchange import axis_hops
@@ -133,7 +130,7 @@ def token_bytes(config: ModelConfig) -> int:
 
 def plain_bytes(run: Run) -> int:
     """Of a token's activations as they are."""
-    return run.config.model_dim * jnp.dtype(DTYPES[run.precision.activations]).itemsize
+    return run.config.model_dim * itemsize(run.precision.activations)
 
 
 def result_bytes(run: Run) -> int:

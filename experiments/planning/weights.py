@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec
 from deepseek_jax.config import ModelConfig, Run
 from deepseek_jax.counts import abstract_model
 from deepseek_jax.fp8 import sides
-from deepseek_jax.linear import DTYPES
-from sharding.mesh import AXES
+from experiments.planning.setup import itemsize
+from sharding.mesh import AXES, all_axes
 from sharding.rules import COMPUTE, STORE, is_router, letters_of, spec, weight_spec
 
 # The model multiplies with these whole, whatever the compute table says of V.
@@ -96,7 +96,7 @@ class Weight(NamedTuple):
 
 def weights(config: ModelConfig, mesh: Mapping[str, int]) -> tuple[Weight, ...]:
     """The parameters of a model on a mesh, given by the sizes of its axes."""
-    return _weights(config, tuple(mesh.get(axis, 1) for axis in AXES))
+    return _weights(config, tuple(all_axes(mesh).values()))
 
 
 @functools.cache
@@ -141,7 +141,7 @@ def optimizer_bytes(run: Run, mesh: Mapping[str, int]) -> int:
 
 def optimizer_itemsizes(run: Run) -> tuple[int, ...]:
     """Bytes of an element of each array that the optimizer keeps beside a master."""
-    moment = jax.numpy.dtype(DTYPES[run.precision.moments]).itemsize
+    moment = itemsize(run.precision.moments)
     return (moment, moment, *([4] if run.ema_decay is not None else []))
 
 

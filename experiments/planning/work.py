@@ -2,14 +2,11 @@
 
 import math
 
-import jax.numpy as jnp
-
 from deepseek_jax.fp8 import is_in_fp8
-from deepseek_jax.linear import DTYPES
 from deepseek_jax.loss import CHUNK_ELEMENTS
 from deepseek_jax.moe import row_alignment
 from experiments.planning.memory import block_rows, expert_rows, kept_bytes, stacked_layers
-from experiments.planning.setup import Setup
+from experiments.planning.setup import Setup, itemsize
 from experiments.planning.weights import TABLES, shards, weights
 from sharding.cost import Work
 
@@ -136,7 +133,7 @@ def state_work(setup: Setup) -> list[Work]:
     added to sums (in FP8 inside the product, and then the sums are copied into the next stack).
     """
     run, mesh, count = setup.run, setup.mesh, setup.accumulation
-    size, moment = setup.itemsize, jnp.dtype(DTYPES[run.precision.moments]).itemsize
+    size, moment = setup.itemsize, itemsize(run.precision.moments)
     cast = summed = optimized = 0.0
     for w in weights(run.config, mesh):
         held, used = w.size / shards(w.stored, mesh), w.size / shards(w.computed, mesh)

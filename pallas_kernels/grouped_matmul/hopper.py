@@ -41,7 +41,7 @@ def tiles_by_contraction(rows: int, groups: int, n: int, k: int) -> Tiles:
 
 def _num_tiles(row_tiles, columns: int, tiles) -> tuple:
     """Row tiles, or pairs of them, and column tiles."""
-    return pl.cdiv(row_tiles, 2 if tiles.pair else 1), pl.cdiv(columns, tiles.columns)
+    return pl.cdiv(row_tiles, pipeline.pair_size(tiles)), pl.cdiv(columns, tiles.columns)
 
 
 def _tile_at(index, num_tiles, tiles):
@@ -50,7 +50,7 @@ def _tile_at(index, num_tiles, tiles):
     The blocks of a pair lie one below the other and share the operand of the columns, which has up
     to 256 of them where a block has 128 rows.
     """
-    pair = 2 if tiles.pair else 1
+    pair = pipeline.pair_size(tiles)
     row, column = plgpu.planar_snake(index, num_tiles, 0, max(1, tiles.band // pair))
     return row * pair, column
 

@@ -61,10 +61,10 @@ def balanced_row_tiles(rows: int, n: int, k: int, tiles: block_scaled.Tiles, cor
     (7168 x 16384: 794 us instead of 746).
     """
     slices, pairs = -(-rows // 64), pipeline.column_pairs(n, tiles)
-    clusters = cores // (2 if tiles.pair else 1)
+    clusters = cores // pipeline.pair_size(tiles)
     least = -(-slices // tiles.warpgroups)
     band = min(tiles.band, pairs)
-    width = tiles.columns * (2 if tiles.pair else 1)
+    width = pipeline.pair_width(tiles)
     if k * (min(-(-clusters // band), least) * tiles.rows + band * width) > CACHED:
         return least
 

@@ -129,3 +129,8 @@ def test_what_no_device_would_use_is_refused():
             make_train_step(run, mesh)
     with pytest.raises(ValueError, match="combine='logfmt9' must be one of"):
         Precision(combine="logfmt9")
+
+
+def test_an_unknown_format_is_not_taken_for_results_as_they_are():
+    with pytest.raises(ValueError, match="combine='fp8' must be one of bf16, logfmt8, logfmt10"):
+        results_format("fp8")

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from deepseek_jax.huggingface import complete_folder, load_huggingface, plan_shards
+from deepseek_jax.complete_folder import complete_folder
+from deepseek_jax.huggingface import load_huggingface, plan_shards
 from deepseek_jax.huggingface_checkpoint import open_checkpoint
 from experiments import convert
 from experiments.eval import load_run

@@ -67,7 +67,7 @@ def test_fewer_steps_than_are_done(trained):
         ("garbage", ["config.json is damaged", "copy it again"]),
         ("binary", ["config.json is damaged", "copy it again"]),
         ("half", ["config.json is damaged", "copy it again"]),
-        ("list", ["config.json is damaged", "recipe is missing"]),
+        ("list", ["config.json is damaged (list, no object)", "copy it again"]),
         ("no-run", ["config.json is damaged", "run is missing"]),
         ("unknown-field", ["unknown field widht"]),
         ("wrong-type", ["config.json is damaged", "copy it again"]),

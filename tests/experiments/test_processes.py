@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from experiments import processes
-from experiments.hosts import PROCESS
+from experiments.hosts import PROCESS, meeting_port
 from tests.experiments import runs
 from tests.experiments.groups import group_of
 
@@ -54,7 +54,7 @@ def test_who_does_not_arrive_is_named_to_all():
 
 def test_a_stranger_who_knocks_changes_nothing():
     group = group_of(2)
-    port = int(group[0].coordinator.rpartition(":")[2]) + 1
+    port = meeting_port(int(group[0].coordinator.rpartition(":")[2]))
     silent = []
 
     def knock():

@@ -42,6 +42,15 @@ def test_a_line_cut_off_before_the_resumed_step_keeps_those_before_it(tmp_path):
     assert entries(path) == [{"step": 1}]
 
 
+def test_a_damaged_line_before_the_resumed_step_is_named_and_nothing_is_cut(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    damaged = '{"step": 1}\ngarbage\n{"step": 3}\n'
+    path.write_text(damaged)
+    with pytest.raises(ValueError, match="metrics.jsonl is damaged in line 2: delete that line"):
+        MetricsLog(path, resume_step=3)
+    assert path.read_text() == damaged
+
+
 def test_each_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl", resume_step=0)
     log.write({"step": 1})

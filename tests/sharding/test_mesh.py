@@ -5,7 +5,7 @@ import pytest
 from jax.sharding import AxisType
 
 from sharding import AXES, make_mesh
-from sharding.mesh import expert_nodes
+from sharding.mesh import all_axes, expert_nodes
 
 
 def test_every_axis_is_there_and_data_takes_what_is_left():
@@ -13,6 +13,12 @@ def test_every_axis_is_there_and_data_takes_what_is_left():
     assert mesh.axis_names == AXES
     assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "expert": 1, "tensor": 2}
     assert dict(make_mesh().shape) == {"data": 8, "fsdp": 1, "expert": 1, "tensor": 1}
+
+
+def test_axes_that_are_not_named_are_1_and_all_stand_in_one_order():
+    assert list(all_axes({"tensor": 2, "data": 4}).items()) == [
+        ("data", 4), ("fsdp", 1), ("expert", 1), ("tensor", 2)
+    ]  # fmt: skip
 
 
 def test_axes_are_automatic():
