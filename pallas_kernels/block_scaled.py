@@ -182,7 +182,7 @@ def _body(*refs, tiles, grouped, products):
 
         def pass_by(slot):
             next_slots = lambda slot: (next_slot(slot),)
-            return pipeline.pass_by(steps, (slot,), full, free, next_slots)[0]
+            return pipeline.pass_by(steps, (slot,), (full,), free, next_slots)[0]
 
         return lax.cond((row < end) & (column < n), multiply, pass_by, slot)
 

@@ -108,14 +108,15 @@ def specialise(memory: Callable, compute: Callable, free, tiles):
     lax.cond(warpgroup < tiles.warpgroups, run_compute, run_memory)
 
 
-def pass_by(steps, slots: tuple, full, free, next_slots: Callable) -> tuple:
+def pass_by(steps, slots: tuple, full: Sequence, free, next_slots: Callable) -> tuple:
     """Frees stages unused, in a warpgroup that has nothing in this tile, and writes nothing.
 
     The tensor cores are left to the others. `slots` begins with that of the stages.
     """
 
     def step(_, slots):
-        plgpu.barrier_wait(full.at[slots[0]])
+        for arrived in full:
+            plgpu.barrier_wait(arrived.at[slots[0]])
         # Without WGMMAs only this keeps the four warps in the same phase.
         plgpu.commit_smem()
         plgpu.barrier_arrive(free.at[slots[0]])

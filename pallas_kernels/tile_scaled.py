@@ -49,6 +49,10 @@ class Tiles:
     # Accumulating: what is there is fetched behind the products, added in registers and written
     # back; otherwise the L2 cache adds what is stored.
     fetch_sums: bool = False
+    # Times 64 rows that a warpgroup multiplies one after the other; they share column scales. Two
+    # warpgroups of two, 96 columns wide, move 137 KiB a step for products of 768 cycles. (Not
+    # measured on a card yet.)
+    slices: int = 1
 
     def __post_init__(self):
         if self.columns % 8 or self.columns > 256:
@@ -60,16 +64,20 @@ class Tiles:
                 f"{self.store_columns=} are not {self.columns=}"
             )
 
+        if self.fetch_sums and self.slices > 1:
+            raise ValueError(f"{self.fetch_sums=} is for one slice, not {self.slices=}")
+
     @property
     def rows(self) -> int:
-        return 64 * self.warpgroups
+        return 64 * self.slices * self.warpgroups
 
 
 def _body(y_gmem, x_gmem, y_scale_gmem, x_scale_gmem, starts_gmem, sizes_gmem, *refs, tiles, add):
     """Group g has the tokens starts[g] to starts[g] + sizes[g], both multiples of 128."""
-    w_gmem, y_smem, x_smem, y_scale_smem, x_scale_smem, sums, w_smem, full, free = refs
+    w_gmem, y_smem, x_smem, y_scale_smem, x_scale_smem, rest, sums, w_smem, full, free = refs
     warpgroup = lax.axis_index("warpgroup")
     num_groups, n, k = w_gmem.shape
+    height = 64 * tiles.warpgroups
     row_tiles, pairs = pl.cdiv(n, tiles.rows), pipeline.column_pairs(k, tiles)
     zero = jnp.int32(0)
 
@@ -101,10 +109,12 @@ def _body(y_gmem, x_gmem, y_scale_gmem, x_scale_gmem, starts_gmem, sizes_gmem, *
             block = first + i
             depth = pl.ds(block * DEPTH, DEPTH)
             shared = pipeline.shared_by_pair(tiles)
-            copy = lambda source, target, **options: plgpu.copy_gmem_to_smem(
-                source, target, full.at[slot], **options
-            )
-            copy(y_gmem.at[rows, depth], y_smem.at[slot], **shared)
+            copy = lambda source, target: plgpu.copy_gmem_to_smem(source, target, full.at[slot])
+            for j, arrived in enumerate((full, *rest)):
+                part = pl.ds(j * height, height)
+                source = y_gmem.at[pl.ds(row + part.start, height), depth]
+                target = y_smem.at[slot, part]
+                plgpu.copy_gmem_to_smem(source, target, arrived.at[slot], **shared)
             copy(x_gmem.at[columns, depth], x_smem.at[slot])
             copy(y_scale_gmem.at[block, rows], y_scale_smem.at[scale_slot])
             copy(x_scale_gmem.at[block, columns], x_scale_smem.at[scale_slot])
@@ -113,19 +123,20 @@ def _body(y_gmem, x_gmem, y_scale_gmem, x_scale_gmem, starts_gmem, sizes_gmem, *
         return lax.fori_loop(0, steps, fill, slots)
 
     def produce(group, steps, row, column, slots):
-        own = pl.ds(warpgroup * 64, 64)
         width = math.gcd(tiles.store_columns, 16)
         shape, piece_shape = (64, tiles.columns), (64, width)
         layout = plgpu.Layout.WGMMA
-        rows = pl.ds(row + warpgroup * 64, 64)
-        out = lambda start, width: w_gmem.at[group, rows, pl.ds(column + start, width)]
+        owns = [pl.ds(j * height + warpgroup * 64, 64) for j in range(tiles.slices)]
+
+        def out(start, width, own=owns[0]):
+            return w_gmem.at[group, pl.ds(row + own.start, 64), pl.ds(column + start, width)]
 
         # Column scales are loaded before the products as far as registers are left by a product and
         # its sum, which take one a column, and by 12 others in the loop; the rest when needed. A
         # load issued after the products waits until the last of them is accepted, and then for the
         # shared memory that they saturate: 3 x 96 was 7 to 26 % faster with all before (H200).
         spare = mosaic.compute_registers(tiles.warpgroups, tiles.memory_registers)
-        spare -= tiles.columns + 12
+        spare -= (1 + tiles.slices) * tiles.columns // 2 + 12
         pieces = range(0, tiles.columns, width)
         early = pieces[: max(0, min(len(pieces), 4 * spare // width))]
 
@@ -137,8 +148,6 @@ def _body(y_gmem, x_gmem, y_scale_gmem, x_scale_gmem, starts_gmem, sizes_gmem, *
                     lambda: pipeline.fetch_sums(out, w_smem, sums[0], tiles)
                 )
             plgpu.barrier_wait(full.at[slot])
-            y_scale = mosaic.load(y_scale_smem.at[scale_slot, own], layout.reduce(1))
-            by_row = lax.broadcast_in_dim(y_scale, piece_shape, (0,))
 
             def column_scale(start):
                 columns = pl.ds(start, width)
@@ -147,38 +156,56 @@ def _body(y_gmem, x_gmem, y_scale_gmem, x_scale_gmem, starts_gmem, sizes_gmem, *
 
             scales = [column_scale(start) for start in early]
 
-            def product(acc):
-                plgpu.wgmma(acc, y_smem.at[slot, own], mosaic.transpose(x_smem.at[slot]))
-                part = plgpu.wgmma_accumulator_load(acc, wait_n=0)
-                plgpu.barrier_arrive(free.at[slot])
-                found = []
-                for j, (start, total) in enumerate(zip(pieces, totals, strict=True)):
-                    by_column = scales[j] if j < len(scales) else column_scale(start)
-                    piece = part[:, start : start + width]
-                    found.append(total + piece * by_column * by_row)
-                return tuple(found)
+            def product(own, totals):
+                y_scale = mosaic.load(y_scale_smem.at[scale_slot, own], layout.reduce(1))
+                by_row = lax.broadcast_in_dim(y_scale, piece_shape, (0,))
 
-            totals = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
-            return *next_slots(slot, scale_slot), totals
+                def scoped(acc):
+                    plgpu.wgmma(acc, y_smem.at[slot, own], mosaic.transpose(x_smem.at[slot]))
+                    part = plgpu.wgmma_accumulator_load(acc, wait_n=0)
+                    if own is owns[-1]:
+                        plgpu.barrier_arrive(free.at[slot])
+                    found = []
+                    for j, (start, total) in enumerate(zip(pieces, totals, strict=True)):
+                        by_column = scales[j] if j < len(scales) else column_scale(start)
+                        piece = part[:, start : start + width]
+                        found.append(total + piece * by_column * by_row)
+                    return tuple(found)
+
+                return pl.run_scoped(scoped, plgpu.ACC(shape, jnp.float32))
+
+            found = [product(owns[0], totals[0])]
+            for own, total, arrived in zip(owns[1:], totals[1:], rest, strict=True):
+                plgpu.barrier_wait(arrived.at[slot])
+                found.append(product(own, total))
+            return *next_slots(slot, scale_slot), tuple(found)
 
         def multiply(slots):
             zeros = plgpu.layout_cast(jnp.zeros(piece_shape, jnp.float32), layout)
-            *slots, totals = lax.fori_loop(0, steps, step, (*slots, (zeros,) * len(pieces)))
+            totals = ((zeros,) * len(pieces),) * tiles.slices
+            *slots, totals = lax.fori_loop(0, steps, step, (*slots, totals))
             each = tiles.store_columns // width
-            totals = [
-                mosaic.concatenate_columns(totals[i : i + each])
-                for i in range(0, len(totals), each)
-            ]
+
+            def store(own, total, **options):
+                joined = [
+                    mosaic.concatenate_columns(total[i : i + each])
+                    for i in range(0, len(total), each)
+                ]
+                out_of = functools.partial(out, own=own)
+                pipeline.store(joined, out_of, w_smem, tiles, **options)
+
+            def store_all(**options):
+                for own, total in zip(owns, totals, strict=True):
+                    store(own, total, **options)
+
             if add:
                 # Nothing is added for a group without tokens.
-                pl.when(steps > 0)(
-                    lambda: pipeline.store(totals, out, w_smem, tiles, add=not sums, sums=sums)
-                )
+                pl.when(steps > 0)(lambda: store_all(add=not sums, sums=sums))
             else:
-                pipeline.store(totals, out, w_smem, tiles)
+                store_all()
             return tuple(slots)
 
-        pass_by = lambda slots: pipeline.pass_by(steps, slots, full, free, next_slots)
+        pass_by = lambda slots: pipeline.pass_by(steps, slots, (full, *rest), free, next_slots)
         inside = (row + warpgroup * 64 < n) & (column < k)
         return lax.cond(inside, multiply, pass_by, tuple(slots))
 
@@ -225,7 +252,11 @@ def matmul(
             scales(tiles.rows),
             scales(tiles.columns),
         ],
-        more=[[sums] if add and tiles.fetch_sums else []],
+        more=[
+            # Of the slices after the first.
+            [plgpu.Barrier(num_barriers=tiles.stages)] * (tiles.slices - 1),
+            [sums] if add and tiles.fetch_sums else [],
+        ],
         store_type=out_type,
         arrivals=4,
         interpret=interpret,

@@ -127,6 +127,9 @@ def gradients() -> dict[str, Tiles]:
         "2x160": tile_scaled.Tiles(2, 160, 4, 32, 1, band=8),
         "2x192": tile_scaled.Tiles(2, 192, 4, 32, 2, band=8),
         "2x192.halves": tile_scaled.Tiles(2, 192, 4, 64, 1, band=8),
+        # As many rows a warpgroup as two have, for column scales that are read half as often.
+        "2x96.slices": tile_scaled.Tiles(2, 96, 4, 48, 1, band=16, slices=2),
+        "2x128.slices": tile_scaled.Tiles(2, 128, 4, 32, 1, slices=2),
     }
 
 

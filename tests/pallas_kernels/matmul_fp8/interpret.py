@@ -73,8 +73,11 @@ def main(case: str):
         # The scales of 64 of the 160 columns are loaded late.
         fetch = "added" in case
         shape = tile_scaled.Tiles(2, 160, 2, 32, 5, band=1, memory_registers=104, fetch_sums=fetch)
-        operands = *tiles(normal(144, 640), False), *tiles(normal(176, 640), False)
-        start_GNK = normal(3, 144, 176) if fetch else jnp.zeros((3, 144, 176))
+        if "slices" in case:
+            # Of the second tile's rows a warpgroup has 16, the other none; nobody a second slice.
+            shape = tile_scaled.Tiles(2, 96, 2, 48, 1, band=1, slices=2)
+        operands = *tiles(normal(272, 640), False), *tiles(normal(176, 640), False)
+        start_GNK = normal(3, 272, 176) if fetch else jnp.zeros((3, 272, 176))
         start = start_GNK if fetch else None
         right = grouped_reference.by_contraction(*operands, group_m, start_GNK)
         found = grouped.by_contraction(*operands, *sizes, start, tiles=shape, **options)

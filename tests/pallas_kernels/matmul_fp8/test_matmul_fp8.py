@@ -262,7 +262,7 @@ def test_bad_input_is_refused(bad, message):
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter needs jax >= 0.11")
 @pytest.mark.parametrize("case", [
     "dense", "in_flight", "dense_sum", "by_rows", "by_rows_sum", "by_contraction",
-    "by_contraction_added",
+    "by_contraction_added", "by_contraction_slices",
 ])  # fmt: skip
 def test_interpreted(case):
     # After an error the interpreter's process is of no use, so each case has its own.
