@@ -135,12 +135,12 @@ class ModelConfig:
     @property
     def has_routing_bias(self) -> bool:
         """Whether experts have a bias that evens out their load: V3's do, V2's do not."""
-        return {"sigmoid": True, "softmax": False}[self.score]
+        return self.score == "sigmoid"
 
     @property
     def best_per_group(self) -> int:
         """How many of its best experts score a group: two in V3, one in V2."""
-        return {"sigmoid": 2, "softmax": 1}[self.score]
+        return 2 if self.score == "sigmoid" else 1
 
     @property
     def shared_ffn_dim(self) -> int:

@@ -1,8 +1,8 @@
 """The routed experts in decoding few tokens: weights are read where they lie, no token is sent.
 
 Each choice reads the weights of its expert, and no others are read: all choices at once or, on a
-CPU, one expert after the other for blocks of its tokens. Elsewhere the shared experts of a single
-token are read along with the chosen ones.
+CPU, one after the other, many of them by blocks of an expert's tokens. Elsewhere the shared experts
+of a single token are read along with the chosen ones.
 """
 
 import functools
@@ -72,7 +72,10 @@ def ffn_in_place(
     weight_TK: Float[Array, "T K"],
     weights: Weights,
 ) -> Float[Array, "T D"]:
-    """sum_k weight_k FFN_k(x) of each token; weights are w_gate_EFD, w_up_EFD, w_down_EDF."""
+    """sum_k weight_k FFN_k(x) of each token; weights are w_gate_EFD, w_up_EFD, w_down_EDF.
+
+    Every choice is one of the experts 0 to E - 1.
+    """
     choose = _chosen_experts
     if are_blocks(expert_TK.shape[0]):
         choose, x_TD = _chosen_in_blocks, x_TD.x if isinstance(x_TD, Scaled) else x_TD
@@ -146,13 +149,14 @@ def ffn_with_shared(
 
 def _chosen_in_blocks(x_TD, expert_TK, weight_TK, weights):
     (T, K), E = expert_TK.shape, weights[0].shape[0]
-    if T * K < E:
+    are_few = 4 * T * K <= E
+    if are_few:
         # Hardly two choose alike: each choice is a block, in their order.
         expert_b, num_blocks = expert_TK.reshape(-1), T * K
         x_bRD = jnp.repeat(x_TD, K, axis=0)[:, None]
         weight_b1R = weight_TK.reshape(-1, 1, 1)
     else:
-        R = BLOCK_ROWS
+        R = BLOCK_ROWS if T * K >= E else 1
         rows = plan_rows(expert_TK, E, R)
         sizes_E, M = rows.group_sizes_E, rows.slot_M.shape[0]
         expert_b = group_of_block(sizes_E, num_blocks=M // R, alignment=R)
@@ -170,8 +174,8 @@ def _chosen_in_blocks(x_TD, expert_TK, weight_TK, weights):
         y_DR = product(hidden_FR.T, w_down)
         return jax.lax.dynamic_update_index_in_dim(y_bDR, y_DR, b, 0)
 
-    b, R, D = x_bRD.shape
-    y_bDR = jax.lax.fori_loop(0, num_blocks, block, empty((b, D, R), x_TD))
-    if T * K < E:
+    B, R, D = x_bRD.shape
+    y_bDR = jax.lax.fori_loop(0, num_blocks, block, empty((B, D, R), x_TD))
+    if are_few:
         return jnp.sum(y_bDR.reshape(T, K, D), axis=1)
-    return gather_sum(y_bDR.swapaxes(1, 2).reshape(b * R, D), rows.row_TK)
+    return gather_sum(y_bDR.swapaxes(1, 2).reshape(B * R, D), rows.row_TK)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import NamedSharding
 from jaxtyping import Int
 
@@ -39,9 +38,6 @@ ONE_GRAPH = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,"
     "DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
 }
-# Of models so small that a CPU's threads would take longer to hand products over than to make them.
-ONE_THREAD = {"xla_cpu_multi_thread_eigen": False}
-SMALL_BYTES = 2**24
 SMALLEST_CAPACITY = 256
 ALL_STEPS = 2**30
 
@@ -121,7 +117,6 @@ def _run_steps(model, state, sampling, stop_N, steps, *, mesh, scheme):
 
 _advance = _step(_run_steps)
 _advance_in_one_graph = _step(_run_steps, compiler_options=ONE_GRAPH)
-_advance_in_one_thread = _step(_run_steps, compiler_options=ONE_THREAD)
 
 
 @_program
@@ -250,13 +245,9 @@ class Text:
         # No token is -1: so few programs serve any number of stop tokens.
         self.stop_N = np.full((-(-max(len(stop), 1) // 8) * 8,), -1, np.int32)
         self.stop_N[: len(stop)] = stop
-        self._advance, self.compiler_options = _advance, None
-        if mesh is None and prompt_BT.shape[0] <= MOST_SUMMED:
-            device = under_mesh(target, mesh)()
-            if "NVIDIA" in device.kind:
-                self._advance, self.compiler_options = _advance_in_one_graph, ONE_GRAPH
-            elif device.platform == "cpu" and self._weight_bytes() <= SMALL_BYTES:
-                self._advance, self.compiler_options = _advance_in_one_thread, ONE_THREAD
+        device = under_mesh(target, mesh)()
+        few = mesh is None and prompt_BT.shape[0] <= MOST_SUMMED
+        self._advance = _advance_in_one_graph if few and "NVIDIA" in device.kind else _advance
         self._depth = config.num_mtp if draft else 0
         self.max_new_tokens, self.pad = max_new_tokens, pad
         longest = int(self.lengths_B.max())
@@ -274,9 +265,6 @@ class Text:
         # The last token of a prompt is read by the first step.
         for begin in range(0, longest - 1, under_mesh(chunk_width, mesh)(capacity)):
             self.state = _prefill(model, self.state, np.int32(begin), **self._where)
-
-    def _weight_bytes(self) -> int:
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(self.model, nnx.Param)))
 
     def advance(self, steps: int = ALL_STEPS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens, lengths and which texts are done after up to so many steps."""

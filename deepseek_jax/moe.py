@@ -113,7 +113,7 @@ class MoE(nnx.Module):
 
 # What a score makes of logits, all of them positive (`sequence_loss`). What else hangs on it is in
 # ModelConfig, the routing bias and how many experts speak for a group, and in huggingface_config,
-# the model type. Each is a table, which a further score is not in until it is added.
+# the model type.
 SCORES: dict[Score, Callable[[jax.Array], jax.Array]] = {
     "sigmoid": jax.nn.sigmoid,
     "softmax": functools.partial(jax.nn.softmax, axis=-1),

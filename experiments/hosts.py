@@ -11,7 +11,7 @@ from dataclasses import dataclass
 PROCESS = "DEEPSEEK_JAX_PROCESS"
 # Set by whoever starts hosts: "host:port" of the first one, and how many there are.
 COORDINATOR, COUNT = "DEEPSEEK_JAX_COORDINATOR", "DEEPSEEK_JAX_PROCESSES"
-PORT = 20000  # of a job's coordinator; jobs of Slurm, which may share a host, spread above it
+PORT = 20000  # of a job's coordinator; jobs of Slurm, which may share a host, have two ports each
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def group(processes: int | None) -> list[Place]:
         count = int(variables["SLURM_STEP_NUM_TASKS"])
         if len(hosts) != count:
             raise ValueError(f"srun started {count} tasks on {len(hosts)} nodes: use one a node")
-        port = PORT + int(variables.get("SLURM_JOB_ID", 0)) % 20000
+        port = PORT + 2 * (int(variables.get("SLURM_JOB_ID", 0)) % 10000)
         return [Place(int(variables["SLURM_PROCID"]), count, f"{hosts[0]}:{port}", tuple(hosts))]
     if int(variables.get(COUNT, 1)) > 1:
         count = int(variables[COUNT])

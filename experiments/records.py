@@ -80,7 +80,12 @@ def read_object(path: Path, mend: str) -> dict[str, Any]:
 
 def metrics_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
     """The whole lines of metrics.jsonl, and where each ends."""
-    of_a_step = lambda entry: {"step": entry["step"], **entry}
+
+    def of_a_step(entry):
+        if not isinstance(entry["step"], int):
+            raise TypeError(f"step {entry['step']!r} is no number")
+        return entry
+
     return json_lines(path, of_a_step, "delete that line, which is of one step")
 
 

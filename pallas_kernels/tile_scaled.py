@@ -132,7 +132,7 @@ def _body(y_gmem, x_gmem, y_scale_gmem, x_scale_gmem, starts_gmem, sizes_gmem, *
             return w_gmem.at[group, pl.ds(row + own.start, 64), pl.ds(column + start, width)]
 
         # Column scales are loaded before the products as far as registers are left by a product and
-        # its sum, which take one a column, and by 12 others in the loop; the rest when needed. A
+        # the sums, each half of one a column, and by 12 others in the loop; the rest when needed. A
         # load issued after the products waits until the last of them is accepted, and then for the
         # shared memory that they saturate: 3 x 96 was 7 to 26 % faster with all before (H200).
         spare = mosaic.compute_registers(tiles.warpgroups, tiles.memory_registers)

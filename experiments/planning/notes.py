@@ -25,8 +25,9 @@ class Notes:
         for (kind, name, value), end in json_lines(self._path, note, mend):
             self._found[kind, name] = value
             kept = end
-        if self._path.exists():
-            os.truncate(self._path, kept)
+        if self._path.exists() and kept < len(whole := self._path.read_bytes()):
+            if not whole.endswith(b"\n"):
+                os.truncate(self._path, kept)
 
     def get(self, kind: str, setup: Setup) -> dict | None:
         return self._found.get((kind, key(setup)))
@@ -41,7 +42,7 @@ class Notes:
 def note(line: Any) -> tuple[str, str, dict]:
     """A line of the file: of what kind, of which setup, and the value."""
     kind, name, value = line
-    return kind, name, dict(value)
+    return str(kind), str(name), dict(value)
 
 
 def key(setup: Setup) -> str:

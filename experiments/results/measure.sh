@@ -42,6 +42,7 @@ PYTHON
 case "$part" in
 cpu)
     measure tiny launch --run "$out/tiny" --json "$out/tiny.json"
+    measure draft_tiny bench draft "$out/tiny" --json "$out/bench_draft_tiny.json"
     measure balance bench balance --json "$out/balance.json"
     measure combine bench combine tiny --steps 200 --json "$out/combine.json"
     for mesh in fsdp=32,expert=64 data=8,fsdp=16,expert=16 fsdp=16,expert=32,tensor=4 fsdp=8,expert=256

@@ -13,15 +13,11 @@ import deepseek_jax as ds
 from deepseek_jax import latent_cache, training
 from deepseek_jax.config import Yarn
 from deepseek_jax.decoding import as_read, decode
-from deepseek_jax.few_rows import MOST_SUMMED
 from deepseek_jax.generate import (
     ONE_GRAPH,
-    ONE_THREAD,
-    SMALL_BYTES,
     Stream,
     Text,
     _advance,
-    _advance_in_one_thread,
     _begin,
     _prefill,
     generate_with_report,
@@ -188,8 +184,7 @@ def drafted(model, prompt_BT):
 
 
 def programs():
-    steps = _advance._cache_size() + _advance_in_one_thread._cache_size()
-    return [_begin.cache_info().currsize, _prefill._cache_size(), steps]
+    return [_begin.cache_info().currsize, _prefill._cache_size(), _advance._cache_size()]
 
 
 def test_greedy_tokens_are_the_most_likely_of_a_full_pass(prompt_BT, greedy, full_pass):
@@ -256,21 +251,8 @@ def test_any_mix_of_lengths_needs_the_same_three_programs(model, prompt_BT, gree
     assert programs() == before
 
 
-@pytest.mark.parametrize("options", [ONE_GRAPH, ONE_THREAD], ids=["one graph", "one thread"])
-def test_the_compiler_knows_the_options_of_decoding(options):
-    assert jax.jit(jnp.negative, compiler_options=options)(1.0) == -1.0
-
-
-def test_few_texts_of_a_small_model_are_written_by_one_thread_of_a_cpu(model):
-    options = lambda texts: Text(model, texts * [[1, 2, 3]], max_new_tokens=1).compiler_options
-    assert options(MOST_SUMMED) == ONE_THREAD
-    assert options(MOST_SUMMED + 1) is None
-    # A model of 16 MiB in its embedding alone.
-    rows = SMALL_BYTES // (4 * SMALL.model_dim)
-    large = nnx.jit(
-        lambda: ds.Model(dataclasses.replace(SMALL, vocab_size=rows), rngs=nnx.Rngs(0))
-    )()
-    assert Text(large, [[1, 2, 3]], max_new_tokens=1).compiler_options is None
+def test_the_compiler_knows_the_options_of_decoding_on_gpus():
+    assert jax.jit(jnp.negative, compiler_options=ONE_GRAPH)(1.0) == -1.0
 
 
 def test_texts_do_not_depend_on_their_neighbours(model, prompt_BT, greedy):

@@ -123,15 +123,3 @@ def test_what_config_json_has_no_field_for_is_not_written():
         config_record(softmax, format="bf16")
     with pytest.raises(ValueError, match="latent_norm_eps=0.001"):
         config_record(dataclasses.replace(ds.configs.tiny(), latent_norm_eps=1e-3), format="bf16")
-
-
-def test_a_score_that_nothing_is_said_of_is_not_taken_for_softmax():
-    config = ds.configs.tiny()
-    object.__setattr__(config, "score", "tanh")
-    for ask in (
-        lambda: config.has_routing_bias,
-        lambda: config.best_per_group,
-        lambda: config_record(config, format="bf16"),
-    ):
-        with pytest.raises(KeyError, match="tanh"):
-            ask()

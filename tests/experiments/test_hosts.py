@@ -29,7 +29,7 @@ def test_a_host_of_a_slurm_job_starts_its_own_process(monkeypatch):
     for name, value in (("STEP_NUM_TASKS", "3"), ("STEP_NODELIST", "n[1-3]"), ("PROCID", "2"),
                         ("JOB_ID", "40007")):
         monkeypatch.setenv(f"SLURM_{name}", value)
-    assert hosts.group(None) == [Place(2, 3, "n1:20007", ("n1", "n2", "n3"))]
+    assert hosts.group(None) == [Place(2, 3, "n1:20014", ("n1", "n2", "n3"))]
     monkeypatch.setenv("SLURM_STEP_NODELIST", "n1")
     with pytest.raises(ValueError, match="srun started 3 tasks on 1 nodes: use one a node"):
         hosts.group(None)
